@@ -1,0 +1,29 @@
+"""Floor 0: logical axes, their rules, meshes, and parameters and activations laid out by them."""
+
+from .activations import constrain, einsum, kernel_map, psum_over, take
+from .axes import LOGICAL_AXES, MESH_AXES, AxisRules, current_rules, use_rules
+from .mesh import MeshConfig, make_mesh, use_mesh
+from .params import Params, abstract, init_params, param_axes, path_name, shardings, split
+
+__all__ = [
+    "LOGICAL_AXES",
+    "MESH_AXES",
+    "AxisRules",
+    "MeshConfig",
+    "Params",
+    "abstract",
+    "constrain",
+    "current_rules",
+    "einsum",
+    "init_params",
+    "kernel_map",
+    "make_mesh",
+    "param_axes",
+    "path_name",
+    "psum_over",
+    "shardings",
+    "split",
+    "take",
+    "use_mesh",
+    "use_rules",
+]

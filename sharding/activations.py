@@ -1,0 +1,118 @@
+"""What a module calls on activations: ``constrain``, ``einsum``, ``take`` and ``kernel_map``.
+
+Each is the plain JAX operation where no mesh is set (or inside a ``shard_map``, where arrays are
+local), states the result's sharding as part of its type under Explicit axes, and is a constraint for
+the compiler under Auto axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from .axes import current_rules
+
+Axes = Sequence[str | None]
+
+
+def _active_mesh() -> tuple[Any, bool] | None:
+    """The mesh in force and whether its axes are Explicit; None where arrays are not sharded."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return None
+    return mesh, AxisType.Explicit in mesh.axis_types
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lay ``x`` out by its logical ``axes`` (one a dimension)."""
+    active = _active_mesh()
+    if active is None:
+        return x
+    mesh, explicit = active
+    spec = current_rules().spec(axes, mesh.axis_names)
+    if explicit:
+        return jax.sharding.reshard(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def einsum(subscripts: str, a: jax.Array, b: jax.Array, axes: Axes, **kwargs) -> jax.Array:
+    """``jnp.einsum(subscripts, a, b)`` whose result is laid out by ``axes``.
+
+    Contractions over a sharded dimension (a gathered FSDP weight, a row-parallel projection) need
+    this statement; ``kwargs`` go to ``jnp.einsum`` (``preferred_element_type``, ``precision``).
+    """
+    active = _active_mesh()
+    if active is None:
+        return jnp.einsum(subscripts, a, b, **kwargs)
+    mesh, explicit = active
+    spec = current_rules().spec(axes, mesh.axis_names)
+    if explicit:
+        return jnp.einsum(subscripts, a, b, out_sharding=spec, **kwargs)
+    return jax.lax.with_sharding_constraint(jnp.einsum(subscripts, a, b, **kwargs), spec)
+
+
+def take(table: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
+    """Rows ``table[ids]``, laid out by ``axes``. Every id must be inside the table."""
+    active = _active_mesh()
+    if active is None:
+        return table.at[ids].get(mode="promise_in_bounds")
+    mesh, explicit = active
+    spec = current_rules().spec(axes, mesh.axis_names)
+    if explicit:
+        return table.at[ids].get(mode="promise_in_bounds", out_sharding=spec)
+    return jax.lax.with_sharding_constraint(table[ids], spec)
+
+
+def kernel_map(
+    fn: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Axes | tuple[Axes, ...]
+) -> Callable[..., Any]:
+    """``fn`` run once a device on its local block of every argument.
+
+    The one door through which Pallas calls, ``ragged_dot`` and custom operators meet a mesh. Mesh
+    axes that no argument is split over hold copies; ``fn`` may use :func:`psum_over` to add partial
+    results of axes it contracts.
+
+    Args:
+        fn: a function of arrays; sees local blocks.
+        in_axes: logical axes of each argument.
+        out_axes: logical axes of the result, or a tuple with those of each result.
+    """
+    active = _active_mesh()
+    if active is None:
+        return fn
+    mesh, explicit = active
+    rules = current_rules()
+
+    def spec(axes: Axes) -> PartitionSpec:
+        return rules.spec(axes, mesh.axis_names)
+
+    in_specs = tuple(spec(axes) for axes in in_axes)
+    several = bool(out_axes) and not isinstance(out_axes[0], str | None)
+    out_specs = tuple(spec(axes) for axes in out_axes) if several else spec(out_axes)
+    mapped = jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def call(*args):
+        if explicit:
+            args = [jax.sharding.reshard(x, s) for x, s in zip(args, in_specs, strict=True)]
+        return mapped(*args)
+
+    return call
+
+
+def mesh_axes_of(axis: str) -> tuple[str, ...]:
+    """The mesh axes (of the mesh in force) over which a logical axis is split; () without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    (entry,) = current_rules().spec((axis,), mesh.axis_names)
+    return () if entry is None else ((entry,) if isinstance(entry, str) else tuple(entry))
+
+
+def psum_over(x: jax.Array, axis: str) -> jax.Array:
+    """Inside :func:`kernel_map`: the sum of ``x`` over the devices that split a logical axis."""
+    names = mesh_axes_of(axis)
+    return jax.lax.psum(x, names) if names else x
