@@ -1,0 +1,372 @@
+"""An experiment: everything that decides what a run computes, as one frozen value.
+
+Settings only; ``train/`` holds the code that obeys them. A dataclass with a ``kind`` is one of several
+that a field may hold (an optimizer, a schedule, an objective); the kind is its tag in JSON and in
+``--set optimizer=muon``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any, ClassVar
+
+from ..data.config import DataConfig
+from ..errors import InputError
+from ..sharding import AxisRules, MeshConfig
+
+
+def _require(ok: bool, field: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise InputError(f"{field}={value!r}: {remedy}")
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+# ------------------------------------------------------------------------------------ objectives
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of the next token.
+
+    Attributes:
+        z_loss: weight of ``logsumexp(logits)²`` added to every token's loss; 0 is off.
+        max_logits: most float32 logits of a device alive at once; a larger batch x vocabulary is
+            taken in chunks along the sequence. The default is 512 MiB of them.
+    """
+
+    kind: ClassVar[str] = "next_token"
+
+    z_loss: float = 0.0
+    max_logits: int = 2**27
+
+    def __post_init__(self):
+        _require(
+            self.z_loss >= 0 and _finite(self.z_loss),
+            "objective.z_loss",
+            self.z_loss,
+            "use 0 (off) or a small positive number, such as 1e-4",
+        )
+        _require(self.max_logits > 0, "objective.max_logits", self.max_logits, "must be positive")
+
+
+Objective = NextToken
+
+
+# ------------------------------------------------------------------------------------ optimizers
+
+
+def _check_shared(optimizer: AdamW | Muon) -> None:
+    for name in ("b1", "b2"):
+        value = getattr(optimizer, name)
+        _require(0 <= value < 1, f"optimizer.{name}", value, "must be in [0, 1)")
+    _require(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "must be positive")
+    _require(
+        optimizer.weight_decay >= 0 and _finite(optimizer.weight_decay),
+        "optimizer.weight_decay",
+        optimizer.weight_decay,
+        "must not be negative; 0 is off",
+    )
+    try:
+        re.compile(optimizer.trainable)
+    except re.error as e:
+        raise InputError(
+            f"optimizer.trainable={optimizer.trainable!r} is not a regular expression ({e}); "
+            "'.*' trains everything, '.*lora.*' only parameters with lora in their path"
+        ) from e
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019), decayed at the learning rate.
+
+    Attributes:
+        b1, b2: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: for every parameter except the decay gates ``A_log`` and ``dt_bias``.
+        trainable: regular expression that a parameter's whole path must match to be trained.
+    """
+
+    kind: ClassVar[str] = "adamw"
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    trainable: str = ".*"
+
+    def __post_init__(self):
+        _check_shared(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """Muon in Moonlight's form (arXiv 2502.16982) for matrices, AdamW for everything else.
+
+    Attributes:
+        momentum: of the matrices' gradient.
+        newton_schulz_steps: quintic iterations of the orthogonalisation.
+        rms: the root mean square of an update before the learning rate; 0.2 is AdamW's usual one,
+            so that both can share a learning rate.
+        weight_decay: decoupled, for both parts; not for ``A_log`` and ``dt_bias``.
+        b1, b2, eps: of the AdamW part.
+        trainable: regular expression that a parameter's whole path must match to be trained.
+    """
+
+    kind: ClassVar[str] = "muon"
+
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    rms: float = 0.2
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    trainable: str = ".*"
+
+    def __post_init__(self):
+        _check_shared(self)
+        _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be in [0, 1)")
+        _require(
+            self.newton_schulz_steps >= 1,
+            "optimizer.newton_schulz_steps",
+            self.newton_schulz_steps,
+            "must be 1 or more",
+        )
+        _require(self.rms > 0, "optimizer.rms", self.rms, "must be positive")
+
+
+Optimizer = AdamW | Muon
+
+
+# ------------------------------------------------------------------------------------- schedules
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    for name in ("learning_rate", "final"):
+        value = getattr(schedule, name, 0.0)
+        _require(value >= 0 and _finite(value), f"schedule.{name}", value, "must not be negative")
+    for name in ("warmup_steps", "decay_steps"):
+        value = getattr(schedule, name, 0)
+        _require(value >= 0, f"schedule.{name}", value, "must not be negative; 0 is none")
+
+
+@dataclasses.dataclass(frozen=True)
+class WSD:
+    """Warm-up, stable, decay (arXiv 2404.06395): linear up, constant, then down at the very end.
+
+    Attributes:
+        learning_rate: of the stable phase.
+        warmup_steps: steps of the linear rise.
+        decay_steps: steps of the fall, the last ones of the run.
+        decay: its shape: ``"linear"``, ``"cosine"`` or ``"sqrt"`` (1 - sqrt(t), arXiv 2405.18392).
+        final: the learning rate after the last step.
+    """
+
+    kind: ClassVar[str] = "wsd"
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    decay: str = "linear"
+    final: float = 0.0
+
+    def __post_init__(self):
+        _check_schedule(self)
+        _require(
+            self.decay in ("linear", "cosine", "sqrt"),
+            "schedule.decay",
+            self.decay,
+            "use linear, cosine or sqrt",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up over ``warmup_steps``, then half a cosine down to ``final`` at the end."""
+
+    kind: ClassVar[str] = "cosine"
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    final: float = 0.0
+
+    def __post_init__(self):
+        _check_schedule(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """Linear warm-up over ``warmup_steps``, then a straight line down to ``final`` at the end."""
+
+    kind: ClassVar[str] = "linear"
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    final: float = 0.0
+
+    def __post_init__(self):
+        _check_schedule(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Linear warm-up over ``warmup_steps``, then ``learning_rate``."""
+
+    kind: ClassVar[str] = "constant"
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+
+    def __post_init__(self):
+        _check_schedule(self)
+
+
+Schedule = WSD | Cosine | Linear | Constant
+
+
+# ------------------------------------------------------------------------------------------- run
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and what happens on the way.
+
+    Attributes:
+        steps: optimizer steps.
+        accumulation: microbatches a step; each has ``data.batch_size / accumulation`` rows.
+        seed: of the initial parameters and of every random number of the objective.
+        clip_norm: the global norm that gradients are scaled down to; None leaves them.
+        ema_decay: of an exponential moving average of the parameters; None keeps none.
+        log_every: steps between lines of metrics.
+        eval_every: steps between evaluations on held-out data; None never evaluates.
+        eval_batches: batches of one evaluation.
+        balance_rate: step of the router's balancing bias (arXiv 2408.15664); 0 leaves it.
+        balance_steps: the bias is left alone from this step on; None moves it to the end.
+        profile_steps: first step (from 0) and number of steps of a profiler trace; None takes none.
+    """
+
+    steps: int
+    accumulation: int = 1
+    seed: int = 0
+    clip_norm: float | None = 1.0
+    ema_decay: float | None = None
+    log_every: int = 10
+    eval_every: int | None = 100
+    eval_batches: int = 8
+    balance_rate: float = 1e-3
+    balance_steps: int | None = None
+    profile_steps: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "accumulation", "log_every", "eval_batches"):
+            value = getattr(self, name)
+            _require(value >= 1, f"train.{name}", value, "must be 1 or more")
+        _require(0 <= self.seed < 2**32, "train.seed", self.seed, "use 0 to 2**32 - 1")
+        _require(
+            self.clip_norm is None or (self.clip_norm > 0 and _finite(self.clip_norm)),
+            "train.clip_norm",
+            self.clip_norm,
+            "must be positive; none turns clipping off",
+        )
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "train.ema_decay",
+            self.ema_decay,
+            "must be in (0, 1); none keeps no average",
+        )
+        _require(
+            self.eval_every is None or self.eval_every >= 1,
+            "train.eval_every",
+            self.eval_every,
+            "must be 1 or more; none never evaluates",
+        )
+        _require(
+            self.balance_rate >= 0 and _finite(self.balance_rate),
+            "train.balance_rate",
+            self.balance_rate,
+            "must not be negative; 0 is off",
+        )
+        _require(
+            self.balance_steps is None or self.balance_steps >= 0,
+            "train.balance_steps",
+            self.balance_steps,
+            "must not be negative; none balances to the end",
+        )
+        if self.profile_steps is not None:
+            first, count = self.profile_steps
+            _require(
+                first >= 0 and count >= 1,
+                "train.profile_steps",
+                self.profile_steps,
+                "give the first step (from 0) and how many (1 or more), such as 10,3",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep.
+
+    Attributes:
+        every: steps between checkpoints; the last step of a run is always saved.
+        keep_last: the most recent ones to keep.
+        keep_best: those with the lowest held-out loss to keep beside them; 0 keeps none for that.
+    """
+
+    every: int = 100
+    keep_last: int = 3
+    keep_best: int = 1
+
+    def __post_init__(self):
+        _require(self.every >= 1, "checkpoint.every", self.every, "must be 1 or more")
+        _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "must be 1 or more")
+        _require(
+            self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "must not be negative"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run. Build it from a smaller one with ``dataclasses.replace``.
+
+    Attributes:
+        name: what the run calls itself in its workdir and logs.
+        model: the config of a family in ``model.registry``.
+        mesh, rules: how many devices lie on each mesh axis, and which logical axes lie there.
+    """
+
+    name: str
+    model: Any
+    data: DataConfig
+    train: TrainConfig
+    objective: Objective = NextToken()
+    optimizer: Optimizer = Muon()
+    schedule: Schedule = WSD()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    rules: AxisRules = AxisRules()
+
+    def __post_init__(self):
+        _require(bool(self.name), "name", self.name, "give the experiment a name")
+        rows, parts = self.data.batch_size, self.train.accumulation
+        _require(
+            rows % parts == 0,
+            "train.accumulation",
+            parts,
+            f"must divide data.batch_size={rows}, the rows of one optimizer step",
+        )
+        phases = [
+            (f"schedule.{name}", getattr(self.schedule, name))
+            for name in ("warmup_steps", "decay_steps")
+            if hasattr(self.schedule, name)
+        ]
+        if sum(length for _, length in phases) > self.train.steps:
+            listed = " + ".join(f"{name}={length}" for name, length in phases)
+            raise InputError(
+                f"{listed} is longer than train.steps={self.train.steps}; shorten them, or train "
+                "for more steps"
+            )
