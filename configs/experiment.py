@@ -1,8 +1,8 @@
 """An experiment: everything that decides what a run computes, as one frozen value.
 
-Settings only; ``train/`` holds the code that obeys them. A dataclass with a ``kind`` is one of several
-that a field may hold (an optimizer, a schedule, an objective); the kind is its tag in JSON and in
-``--set optimizer=muon``.
+Settings only; ``train/`` holds the code that obeys them. A dataclass with a ``kind`` is one of
+several that a field may hold (an optimizer, a schedule, an objective); the kind is its tag in JSON
+and in ``--set optimizer=muon``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..sharding import AxisRules, MeshConfig
+from . import fields
 
 
 def _require(ok: bool, field: str, value: object, remedy: str) -> None:
@@ -347,8 +348,8 @@ class Experiment:
     optimizer: Optimizer = Muon()
     schedule: Schedule = WSD()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    mesh: MeshConfig = MeshConfig()
-    rules: AxisRules = AxisRules()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    rules: AxisRules = dataclasses.field(default_factory=AxisRules)
 
     def __post_init__(self):
         _require(bool(self.name), "name", self.name, "give the experiment a name")
@@ -370,3 +371,54 @@ class Experiment:
                 f"{listed} is longer than train.steps={self.train.steps}; shorten them, or train "
                 "for more steps"
             )
+
+
+# ------------------------------------------------------------------------------------------ JSON
+
+
+def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as JSON values; the model carries its family, a union its kind."""
+    from ..model.registry import config_to_dict
+
+    values = fields.to_json(dataclasses.replace(experiment, model=None))
+    return values | {"model": config_to_dict(experiment.model)}
+
+
+def experiment_from_dict(values: dict[str, Any]) -> Experiment:
+    """The experiment of :func:`experiment_to_dict`; absent fields take their defaults.
+
+    Raises:
+        InputError: an unknown field, or a value of the wrong type; names the field.
+    """
+    from ..model.registry import config_from_dict
+
+    if not isinstance(values, dict) or "model" not in values:
+        raise InputError("an experiment is a JSON object with a `model`; this one has none")
+    experiment = fields.from_json(values | {"model": None}, Experiment, "")
+    return dataclasses.replace(experiment, model=config_from_dict(values["model"]))
+
+
+def diff(a: Experiment, b: Experiment) -> list[str]:
+    """The fields in which two experiments differ, as ``path: value in a -> value in b``."""
+    left, right = _leaves(experiment_to_dict(a)), _leaves(experiment_to_dict(b))
+    return [
+        f"{path}: {left.get(path, 'absent')} -> {right.get(path, 'absent')}"
+        for path in dict.fromkeys([*left, *right])
+        if left.get(path, _ABSENT) != right.get(path, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        children = enumerate(value)
+    else:
+        return {path: value}
+    leaves = {}
+    for key, child in children:
+        leaves |= _leaves(child, f"{path}.{key}" if path else str(key))
+    return leaves
