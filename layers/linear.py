@@ -1,0 +1,81 @@
+"""Linear maps and embeddings: float32 master weights, cast to the activation's dtype at use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ..sharding import constrain, einsum, take
+
+_IN_LETTERS = "xyz"
+_OUT_LETTERS = "uvw"
+
+
+def normal(key: jax.Array, shape: Sequence[int], stddev: float) -> Float[Array, "..."]:
+    """A float32 sample of N(0, stddev²)."""
+    return stddev * jax.random.normal(key, tuple(shape), jnp.float32)
+
+
+class Linear(nnx.Module):
+    """``y = x @ kernel`` over the trailing dimensions, without a bias.
+
+    Dimensions that mean something stay apart: a query projection has the kernel
+    ``[embed, heads, head_dim]`` and maps ``[B, T, D]`` to ``[B, T, N, K]``.
+
+    Args:
+        in_axes: ``{logical axis: size}`` of the contracted dimensions.
+        out_axes: ``{logical axis: size}`` of the produced ones.
+        stddev: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        in_axes: dict[str, int],
+        out_axes: dict[str, int],
+        *,
+        rngs: nnx.Rngs,
+        stddev: float = 0.02,
+    ):
+        shape = (*in_axes.values(), *out_axes.values())
+        self.kernel = nnx.Param(
+            normal(rngs.params(), shape, stddev), axes=(*in_axes.keys(), *out_axes.keys())
+        )
+        self.num_in = len(in_axes)
+        self.out_axes = tuple(out_axes)
+
+    def __call__(self, x: Float[Array, "B T *in"]) -> Float[Array, "B T *out"]:
+        """Apply the map; the result has the dtype of ``x``."""
+        i = _IN_LETTERS[: self.num_in]
+        o = _OUT_LETTERS[: len(self.out_axes)]
+        return einsum(
+            f"bt{i},{i}{o}->bt{o}",
+            x,
+            self.kernel[...].astype(x.dtype),
+            ("batch", "seq", *self.out_axes),
+        )
+
+
+class Embedding(nnx.Module):
+    """A table of ``vocab_size`` rows; the input side of a language model."""
+
+    def __init__(self, vocab_size: int, features: int, *, rngs: nnx.Rngs, stddev: float = 0.02):
+        self.embedding = nnx.Param(
+            normal(rngs.params(), (vocab_size, features), stddev), axes=("vocab", "embed")
+        )
+
+    def __call__(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        """Rows of the table in ``dtype``. Ids must lie inside it: check them at the boundary."""
+        # Gathering the storage-sharded dimension first keeps the look-up local to a device.
+        table = constrain(self.embedding[...].astype(dtype), "vocab", "embed")
+        return take(table, tokens, ("batch", "seq", "embed"))
+
+
+def conv_kernel(key: jax.Array, channels: Sequence[int], width: int) -> Float[Array, "... W"]:
+    """Depthwise kernels ``[*channels, width]`` from U(±1/sqrt(width)), PyTorch's default."""
+    bound = 1 / math.sqrt(width)
+    return jax.random.uniform(key, (*channels, width), jnp.float32, -bound, bound)

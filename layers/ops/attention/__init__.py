@@ -1,0 +1,75 @@
+"""Softmax attention with grouped keys and values, causal by position, separated by segment.
+
+``attention(q, k, v, ...)`` is what layers call; ``reference`` is the oracle.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from ....errors import InputError
+from .reference import attention as _reference
+from .xla import attention as _xla
+
+_IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}
+
+
+def attention(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    *,
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B S"],
+    query_segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B S"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N V"]:
+    """``softmax(scale * q kᵀ) v`` with float32 scores.
+
+    A query sees the keys whose position is not larger than its own and, where segments are given,
+    whose segment is its own. Query head ``n`` reads key head ``n // (N // G)``. A query that sees
+    no key returns a finite value.
+
+    Args:
+        q: queries; ``N`` is a multiple of ``G``.
+        k: keys.
+        v: values; their width may differ from the keys'.
+        query_positions: of each query, on the same axis as ``key_positions``.
+        key_positions: of each key.
+        query_segments: segment of each query; None is one segment.
+        key_segments: segment of each key.
+        scale: ``K ** -0.5`` if None.
+        implementation: ``"xla"``, ``"reference"``, or None for the platform's best.
+
+    Returns:
+        One vector a query head, in the dtype of ``v``.
+
+    Raises:
+        InputError: an unknown implementation, or head counts that do not divide.
+    """
+    if q.shape[2] % k.shape[2]:
+        raise InputError(
+            f"attention: num_heads={q.shape[2]} is not a multiple of num_kv_heads={k.shape[2]}"
+        )
+    if implementation not in (None, *_IMPLEMENTATIONS):
+        raise InputError(
+            f"attention: implementation={implementation!r} is not one of "
+            f"{sorted(_IMPLEMENTATIONS)}; leave it None to pick by platform"
+        )
+    run = _IMPLEMENTATIONS[implementation or "xla"]
+    with jax.named_scope("attention"):
+        return run(
+            q,
+            k,
+            v,
+            query_positions,
+            key_positions,
+            query_segments,
+            key_segments,
+            1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        )

@@ -1,0 +1,85 @@
+"""A model ready to be called: structure, parameters, configuration, tokenizer and mesh together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from ..errors import InputError
+from ..sharding import AxisRules, Params, use_mesh
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """What :func:`jaxalope.load` returns.
+
+    Attributes:
+        config: of its family.
+        graphdef: the module's structure; ``nnx.merge(graphdef, params)`` is the module.
+        params: nested dict of arrays.
+        tokenizer: that its text goes through; None for models without text.
+        mesh: the devices its parameters lie on; None is one device.
+        rules: that laid them out there.
+    """
+
+    config: Any
+    graphdef: nnx.GraphDef
+    params: Params
+    tokenizer: Any = None
+    mesh: Mesh | None = None
+    rules: AxisRules = dataclasses.field(default_factory=AxisRules)
+
+    def module(self) -> nnx.Module:
+        """The ``nnx.Module`` itself, for surgery or for use inside another jitted function."""
+        return nnx.merge(self.graphdef, self.params)
+
+    def context(self) -> contextlib.AbstractContextManager:
+        """The mesh and rules under which this model is traced and run."""
+        return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh, self.rules)
+
+    def check_tokens(self, tokens: Any) -> np.ndarray:
+        """``tokens`` as an int32 array, once every id is known to be in the vocabulary.
+
+        Raises:
+            InputError: an id outside it; names the id and where it stands.
+        """
+        tokens = np.asarray(tokens)
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise InputError(f"tokens have dtype {tokens.dtype}; token ids are integers")
+        outside = np.argwhere((tokens < 0) | (tokens >= self.config.vocab_size))
+        if len(outside):
+            where = tuple(int(i) for i in outside[0])
+            raise InputError(
+                f"token id {int(tokens[where])} at {where} is outside the vocabulary of "
+                f"{self.config.vocab_size}; was the text encoded by another tokenizer?"
+            )
+        return tokens.astype(np.int32)
+
+    def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> Any:
+        """An empty cache for ``batch`` rows of up to ``max_length`` tokens."""
+        with self.context():
+            return self.module().init_cache(batch, max_length, dtype)
+
+    def __call__(self, tokens: Any, cache: Any = None, **kwargs: Any) -> tuple[jax.Array, Any]:
+        """``(logits [B, T, vocab] float32, cache)`` of ``tokens [B, T]``, jit-compiled.
+
+        ``kwargs`` (``segment_ids``, ``positions``) are the module's.
+        """
+        if not isinstance(tokens, jax.Array):
+            tokens = self.check_tokens(tokens)
+        with self.context():
+            return self._forward(self.params, tokens, cache, kwargs)
+
+    @functools.cached_property
+    def _forward(self):
+        def forward(params, tokens, cache, kwargs):
+            return nnx.merge(self.graphdef, params)(tokens, cache, **kwargs)
+
+        return jax.jit(forward)
