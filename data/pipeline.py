@@ -1,0 +1,459 @@
+"""The input pipeline: batches that are a function of the settings and the step alone.
+
+A global batch is filled by V streams, fixed by the settings whatever the number of processes:
+stream v packs documents v, v + V, v + 2V, ... of every source's endless, per-epoch shuffled
+sequence of documents (dealt out like cards: so a corpus with fewer documents than streams works
+too, its next epochs are dealt to the streams that the first one did not reach), and fills rows v *
+R to (v + 1) * R - 1 of every batch, R = batch_size / V. A process owns a block of streams. Which
+source a row comes from depends on its number in the run. So nothing depends on how many processes
+there are, and the state of a run is that of its V streams.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int32
+
+from ..errors import InputError
+from .config import DataConfig, SourceConfig
+from .documents import Source, Split
+from .packing import PackIterDataset, Row, Tokens
+from .readers import open_source
+from .shuffle import BlockShuffle
+from .tokenizers import Tokenizer
+
+Batch = dict[str, Int32[np.ndarray, "B T"]]
+
+# Evaluation reads through a fixed number of streams, so that its rows depend on T and the corpus
+# only.
+_EVAL_STREAMS = 16
+_REMEMBERED_STEPS = 64
+
+
+def _sources(config: DataConfig, split: Split) -> list[tuple[SourceConfig, Source]]:
+    """The sources of a split, opened."""
+    if config.eval_sources:
+        chosen = config.eval_sources if split == "eval" else config.sources
+        return [(c, open_source(c)) for c in chosen]
+    return [(c, open_source(c, split, config.holdout_fraction)) for c in config.sources]
+
+
+def _encoder(config: DataConfig, tokenizer: Tokenizer):
+    """Document -> Tokens, with the tokens that begin and end a text; an empty text has none."""
+    if config.add_bos and tokenizer.bos_id is None:
+        raise InputError(
+            f"data: add_bos=True, but the tokenizer {config.tokenizer!r} has no BOS. "
+            "Set add_bos=False."
+        )
+    begin = [tokenizer.bos_id] if config.add_bos else []
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
+    def encode(document):
+        ids = [*begin, *tokenizer.encode(document.text), *end] if document.text else []
+        return Tokens(document.name, np.array(ids, np.int32))
+
+    return encode
+
+
+def _rows(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    source: Source,
+    *,
+    seed: int | None,
+    repeat: bool,
+    stream: int,
+    num_streams: int,
+) -> grain.IterDataset:
+    """The packed rows of one stream and one source; `seed=None` keeps the documents' order."""
+    documents = grain.MapDataset.source(source)
+    if seed is not None:
+        if source.block_sizes is None:
+            documents = documents.shuffle(seed=seed)
+        else:
+            documents = BlockShuffle(documents, list(source.block_sizes), seed)
+    if repeat:
+        documents = documents.repeat()
+    tokens = documents[stream::num_streams].map(_encoder(config, tokenizer))
+    threads = config.read_threads
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    pad_id = 0 if tokenizer.pad_id is None else tokenizer.pad_id
+    return PackIterDataset(
+        tokens.to_iter_dataset(read), config.packing, config.sequence_length, pad_id
+    )
+
+
+def source_of_rows(weights: Sequence[float], rows: np.ndarray) -> np.ndarray:
+    """Which source each row of a run comes from.
+
+    The fractional parts of row * golden ratio are spread evenly over [0, 1) in any stretch of rows,
+    so every batch has nearly the exact mixture, and so has the run.
+
+    Args:
+      weights: share of every source, in any unit.
+      rows: row numbers in the run (step * batch_size + row), integers [n].
+
+    Returns:
+      Indices into `weights`, [n].
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd: exact modulo 2**64.
+    # 53 bits fit a float64 exactly: rounding must not reach 1.
+    places = ((rows.astype(np.uint64) * golden) >> np.uint64(11)) / 2.0**53
+    ends = np.cumsum(weights)
+    return np.searchsorted(ends / ends[-1], places, side="right")
+
+
+class _Made(NamedTuple):
+    """A batch, and the pieces of documents that each of its rows holds."""
+
+    batch: Batch
+    pieces: tuple[tuple[tuple[str, int], ...], ...]
+
+
+def _stack(rows: Sequence[Row]) -> Batch:
+    names = ("tokens", "segment_ids", "positions")
+    return {name: np.stack([getattr(row, name) for row in rows]) for name in names}
+
+
+class _BatchIterator(grain.DatasetIterator):
+    """Assembles the rows that this process owns; its state is the step and that of each stream."""
+
+    def __init__(self, config: DataConfig, streams: dict[int, list[grain.DatasetIterator]]):
+        super().__init__([rows for sources in streams.values() for rows in sources])
+        self._config = config
+        self._streams = streams
+        self._step = 0
+
+    def __next__(self) -> _Made:
+        config = self._config
+        per_stream = config.batch_size // config.streams
+        numbers = self._step * config.batch_size + np.arange(config.batch_size)
+        chosen = source_of_rows([s.weight for s in config.sources], numbers)
+        rows = [
+            next(sources[chosen[r]])
+            for v, sources in self._streams.items()
+            for r in range(v * per_stream, (v + 1) * per_stream)
+        ]
+        self._step += 1
+        return _Made(_stack(rows), tuple(r.pieces for r in rows))
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "step": self._step,
+            "streams": {str(v): [s.get_state() for s in ss] for v, ss in self._streams.items()},
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        for v, sources in self._streams.items():
+            for rows, saved in zip(sources, state["streams"][str(v)], strict=True):
+                rows.set_state(saved)
+
+
+class _BatchDataset(grain.IterDataset):
+    """`_BatchIterator` as a dataset, so that Grain's prefetch thread can stand behind it."""
+
+    def __init__(self, config: DataConfig, streams: dict[int, list[grain.IterDataset]]):
+        super().__init__([rows for sources in streams.values() for rows in sources])
+        self._config = config
+        self._streams = streams
+
+    def __iter__(self) -> _BatchIterator:
+        opened = {v: [rows.__iter__() for rows in ss] for v, ss in self._streams.items()}
+        return _BatchIterator(self._config, opened)
+
+
+class Pipeline:
+    """Endless training batches of one process. Close it, or use it as a context manager.
+
+    A batch is a dict of int32 arrays [b, T], b = batch_size / process_count rows of the global
+    batch (the block that belongs to this process):
+      `tokens`: ids.
+      `segment_ids`: 1, 2, ... along a row, 0 for padding; attention stays within a segment.
+      `positions`: from 0 in every segment.
+    Objectives shift the targets themselves.
+
+    The batches are assembled by hand from one row at a time, behind at most one prefetch thread:
+    Grain's own batching in front of several workers can lose rows (google/grain#1129).
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        split: Split = "train",
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Opens the sources; reads documents only when the first batch is asked for.
+
+        Raises:
+          InputError: a source is missing or empty, or `process_count` does not divide the streams.
+        """
+        num_streams = config.streams
+        if num_streams % process_count:
+            raise InputError(
+                f"data: {process_count} processes cannot share num_streams={num_streams} evenly. "
+                f"Set num_streams to a multiple of {process_count} that divides "
+                f"batch_size={config.batch_size}."
+            )
+        if not 0 <= process_index < process_count:
+            raise InputError(
+                f"data: process_index={process_index} is not one of the {process_count} processes."
+            )
+        opened = _sources(config, split)
+        if split == "eval" and config.eval_sources:
+            # From here on its sources are the ones that are read.
+            config = dataclasses.replace(config, sources=config.eval_sources, eval_sources=())
+        self.config = config
+        seeds = np.random.SeedSequence(config.seed).generate_state(len(opened))
+        share = num_streams // process_count
+        self._streams = range(process_index * share, (process_index + 1) * share)
+        self._layout = {
+            "split": split,
+            "sequence_length": config.sequence_length,
+            "batch_size": config.batch_size,
+            "num_streams": num_streams,
+            "packing": config.packing,
+            "add_bos": config.add_bos,
+            "seed": config.seed,
+            "shuffle": config.shuffle,
+            "tokenizer": tokenizer.fingerprint,
+            "sources": [
+                {"weight": c.weight, "documents": len(s), "content": s.fingerprint}
+                for c, s in opened
+            ],
+        }
+        rows = {
+            v: [
+                _rows(
+                    config,
+                    tokenizer,
+                    source,
+                    seed=int(seed) if config.shuffle else None,
+                    repeat=True,
+                    stream=v,
+                    num_streams=num_streams,
+                )
+                for (_, source), seed in zip(opened, seeds, strict=True)
+            ]
+            for v in self._streams
+        }
+        batches = grain.experimental.ThreadPrefetchIterDataset(
+            _BatchDataset(config, rows), prefetch_buffer_size=config.prefetch_batches
+        )
+        iterator = iter(batches)
+        self._state = iterator.get_state()
+        # The last reference goes with `close`, or at exit while Grain's modules are still alive.
+        self._open = [iterator]
+        self._finalizer = weakref.finalize(self, _release, self._open)
+        self._pieces: collections.OrderedDict[int, Any] = collections.OrderedDict()
+
+    @property
+    def step(self) -> int:
+        """How many batches have been handed out: the number of the next one."""
+        return self._state["step"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._open:
+            raise ValueError("this pipeline is closed.")
+        made = next(self._open[0])
+        self._state = self._open[0].get_state()
+        self._pieces[self.step - 1] = made.pieces
+        if len(self._pieces) > _REMEMBERED_STEPS:
+            self._pieces.popitem(last=False)
+        return made.batch
+
+    def describe(self, step: int | None = None) -> str:
+        """The identity of a recent batch: for this process's rows, which text they hold.
+
+        Args:
+          step: one of the last 64 that were handed out; by default the last.
+        """
+        if step is None:
+            step = self.step - 1
+        if step not in self._pieces:
+            return f"batch {step} (no longer, or not yet, in memory)"
+        first = self._streams[0] * (self.config.batch_size // self.config.streams)
+        rows = (
+            f"row {first + r}: "
+            + ", ".join(f"{name} from token {offset}" for name, offset in pieces[:3])
+            + (f" and {len(pieces) - 3} more" if len(pieces) > 3 else "")
+            for r, pieces in enumerate(self._pieces[step])
+        )
+        return f"batch {step} (seed {self.config.seed}); " + "; ".join(rows)
+
+    def state(self) -> dict[str, Any]:
+        """Where this process stands: what is needed to hand out the very next batch again.
+
+        JSON-able. Batches made ahead do not count. With several processes, every one has its own
+        part; `merge_states` joins them into one that any number of processes can restore.
+        """
+        return json.loads(json.dumps({**self._state, "layout": self._layout}))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to where `state()` was called, in this or another process of this or another run.
+
+        Args:
+          state: of all streams that this process owns, at least.
+
+        Raises:
+          InputError: it belongs to other settings or another corpus, or lacks a stream.
+        """
+        try:
+            layout, streams = state["layout"], state["streams"]
+        except (KeyError, TypeError) as e:
+            raise InputError("data: this is not the state of a data pipeline.") from e
+        different = [
+            f"{k}: {layout.get(k)!r} there, {v!r} here"
+            for k, v in self._layout.items()
+            if layout.get(k) != v
+        ]
+        if different:
+            raise InputError(
+                "data: the saved state cannot be continued exactly, because the data or its "
+                f"settings are not those it was saved with ({'; '.join(different)}). Use "
+                "the same ones, or start in a new workdir."
+            )
+        missing = [v for v in self._streams if str(v) not in streams]
+        if missing:
+            raise InputError(
+                f"data: the saved state lacks streams {missing}: it is one process's part. Join "
+                "the parts of all processes with merge_states."
+            )
+        self._open[0].set_state(
+            {"step": state["step"], "streams": {str(v): streams[str(v)] for v in self._streams}}
+        )
+        self._state = self._open[0].get_state()
+        self._pieces.clear()
+
+    def close(self) -> None:
+        """Ends the threads. Left to garbage collection they can live on (google/grain#1021)."""
+        self._finalizer()
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _release(iterators: list[grain.DatasetIterator]) -> None:
+    for iterator in iterators:
+        iterator.close()
+    iterators.clear()
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Joins the states of all processes of a run, taken after the same step, into one.
+
+    Raises:
+      InputError: they are of different steps or settings.
+    """
+    first = states[0]
+    for other in states[1:]:
+        if (other["step"], other["layout"]) != (first["step"], first["layout"]):
+            raise InputError(
+                "data: states of different runs or steps cannot be merged (steps "
+                f"{sorted({s['step'] for s in states})})."
+            )
+    return {**first, "streams": {v: s for state in states for v, s in state["streams"].items()}}
+
+
+def eval_batches(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    num_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """One pass over the held-out documents, the same every time and for every seed.
+
+    Args:
+      config: `eval_sources`, or the held-out side of `sources`.
+      tokenizer: the run's.
+      num_batches: stop after so many; None: when all documents have been read.
+      process_index: which rows of every batch to return; every process gets the same number of
+        batches.
+      process_count: has to divide `batch_size`.
+
+    Yields:
+      Batches as `Pipeline` does. Rows that are missing in the last one are padding (segment 0).
+
+    Raises:
+      InputError: nothing is held out, or the rows cannot be divided.
+    """
+    if config.batch_size % process_count:
+        raise InputError(
+            f"data: {process_count} processes cannot share batch_size={config.batch_size} evenly."
+        )
+    opened = _sources(config, "eval")
+    return _eval_batches(config, tokenizer, opened, num_batches, process_index, process_count)
+
+
+def _eval_batches(config, tokenizer, opened, num_batches, process_index, process_count):
+    share = config.batch_size // process_count
+    mine = slice(process_index * share, (process_index + 1) * share)
+    rows = _eval_rows(config, tokenizer, opened)
+    length = config.sequence_length
+    blank = np.full(length, 0 if tokenizer.pad_id is None else tokenizer.pad_id, np.int32)
+    zeros = np.zeros(length, np.int32)
+    made = 0
+    # Every process packs all rows and keeps its own: held-out sets are small, and so all of them
+    # end after the same batch without having to talk about it.
+    while made != num_batches:
+        batch = list(itertools.islice(rows, config.batch_size))
+        if not batch and not made:
+            raise InputError("data: the held-out documents are all empty.")
+        if not batch:
+            return
+        batch += [Row(blank, zeros, zeros, ())] * (config.batch_size - len(batch))
+        yield _stack(batch[mine])
+        made += 1
+
+
+def _eval_rows(config, tokenizer, opened) -> Iterator[Row]:
+    """The rows of all sources, mixed by weight while they last; streams of a source take turns."""
+    turns = [
+        collections.deque(
+            iter(
+                _rows(
+                    config,
+                    tokenizer,
+                    source,
+                    seed=None,
+                    repeat=False,
+                    stream=v,
+                    num_streams=_EVAL_STREAMS,
+                )
+            )
+            for v in range(min(_EVAL_STREAMS, len(source)))
+        )
+        for _, source in opened
+    ]
+    weights = np.array([c.weight for c, _ in opened])
+    number = 0
+    while any(turns):
+        left = np.array([bool(t) for t in turns])
+        chosen = int(source_of_rows(weights * left, np.array([number]))[0])
+        number += 1
+        streams = turns[chosen]
+        while streams:
+            try:
+                row = next(streams[0])
+            except StopIteration:
+                streams.popleft().close()
+                continue
+            streams.rotate(-1)
+            yield row
+            break

@@ -1,0 +1,303 @@
+"""Corpora that say themselves where a document ends: JSONL (+ .gz, .zst), Parquet, ArrayRecord."""
+
+import collections
+import gzip
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ..errors import InputError
+from . import corpora
+from .config import SourceConfig
+from .documents import Document, File, Source, Split, decode_utf8, fingerprint_of, read_range
+from .tf_example import parse_example
+
+_CHUNK = 1 << 24
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _field_of(record: Any, field: str, where: str) -> str:
+    """The text in a decoded JSON record."""
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is a {type(record).__name__}, not an object with fields.")
+    if field not in record:
+        raise InputError(
+            f"{where} has no field {field!r}; its fields are {sorted(record)}. Set `field`."
+        )
+    text = record[field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: field {field!r} holds {type(text).__name__}, not text.")
+    # JSON can spell half a surrogate pair, which no UTF-8 can.
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def _temporary_file(owner: object, suffix: str = "") -> epath.Path:
+    """A file that goes when `owner` does."""
+    handle, name = tempfile.mkstemp(prefix="jaxalope-", suffix=suffix)
+    os.close(handle)
+    weakref.finalize(owner, lambda: os.path.exists(name) and os.unlink(name))
+    return epath.Path(name)
+
+
+class JsonLines:
+    """JSONL. One pass at the start finds the lines; only their offsets are kept.
+
+    A compressed file has no random access: that pass writes it, uncompressed, to a temporary file
+    which goes with this object. For corpora where that disk space matters, use ArrayRecord or
+    Parquet.
+    """
+
+    block_sizes = None
+
+    def __init__(self, config: SourceConfig, files: Sequence[File]):
+        self.label = config.path
+        self._field = config.field
+        self._names = [f.name for f in files]
+        self._paths: list[epath.Path] = []
+        spans, owners = [], []
+        for n, file in enumerate(files):
+            path = file.path
+            if path.suffix in (".gz", ".zst"):
+                path = self._decompress(path)
+            self._paths.append(path)
+            ends = _line_ends(path)
+            starts = np.concatenate([[0], ends[:-1]])
+            spans.append(np.stack([starts, ends], 1))
+            owners.append(np.full(len(ends), n, np.int32))
+        self._spans = np.concatenate(spans)  # [lines, 2], bytes
+        self._owners = np.concatenate(owners)
+        self._first = np.searchsorted(self._owners, np.arange(len(files)))
+        self.fingerprint = fingerprint_of([self._field, *((f.name, f.size) for f in files)])
+
+    def _decompress(self, path: epath.Path) -> epath.Path:
+        plain = _temporary_file(self, ".jsonl")
+        try:
+            with path.open("rb") as raw, plain.open("wb") as out:
+                if path.suffix == ".gz":
+                    shutil.copyfileobj(gzip.GzipFile(fileobj=raw), out, _CHUNK)
+                else:
+                    import zstandard
+
+                    reader = zstandard.ZstdDecompressor().stream_reader(
+                        raw, read_across_frames=True
+                    )
+                    shutil.copyfileobj(reader, out, _CHUNK)
+        except ImportError as e:
+            raise InputError(f"{path} needs `zstandard`: pip install 'jaxalope[data]'") from e
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno is not None:  # The disk's fault, not the file's.
+                raise
+            raise InputError(f"{path} cannot be decompressed (truncated?): {e}") from e
+        return plain
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Document:
+        n = int(self._owners[index])
+        start, stop = map(int, self._spans[index])
+        name = f"{self._names[n]}:{index - int(self._first[n]) + 1}"
+        text = decode_utf8(read_range(self._paths[n], start, stop), start, self._names[n])
+        if not text.strip():
+            return Document(name, "")
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise InputError(f"{name} is not JSON: {e}") from e
+        return Document(name, _field_of(record, self._field, name))
+
+
+def _line_ends(path: epath.Path) -> np.ndarray:
+    """Offsets just after each line of a file, int64; a last line may lack its line end."""
+    ends, offset = [], 0
+    with path.open("rb") as f:
+        while chunk := f.read(_CHUNK):
+            ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + (offset + 1))
+            offset += len(chunk)
+    ends = np.concatenate([*ends, np.zeros(0, np.int64)])
+    if offset and (len(ends) == 0 or ends[-1] != offset):
+        ends = np.append(ends, offset)
+    return ends.astype(np.int64)
+
+
+class Parquet:
+    """Parquet. A row group's text column is read at once, and the last few are kept.
+
+    So the row group is the unit of memory and of shuffling (`block_sizes`): groups come in random
+    order, and the rows in random order within theirs.
+    """
+
+    _KEPT_GROUPS = 4
+
+    def __init__(self, config: SourceConfig, files: Sequence[File]):
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as e:
+            raise InputError("Parquet needs `pyarrow`: pip install 'jaxalope[data]'") from e
+        self._parquet, self._arrow_errors = pyarrow.parquet, pyarrow.ArrowException
+        self.label = config.path
+        self._field = config.field
+        self._files = list(files)
+        self._groups: list[tuple[int, int]] = []
+        sizes = []
+        for n, file in enumerate(files):
+            with file.path.open("rb") as f:
+                metadata = self._open(f, file).metadata
+                columns = [metadata.schema.column(c).path for c in range(metadata.num_columns)]
+                if self._field not in columns:
+                    raise InputError(
+                        f"{file.name} has no column {self._field!r}; its columns are {columns}. "
+                        "Set `field`."
+                    )
+                for g in range(metadata.num_row_groups):
+                    self._groups.append((n, g))
+                    sizes.append(metadata.row_group(g).num_rows)
+        self.block_sizes = sizes
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self.fingerprint = fingerprint_of([self._field, *((f.name, f.size) for f in files), *sizes])
+        self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def _open(self, handle: Any, file: File) -> Any:
+        try:
+            return self._parquet.ParquetFile(handle)
+        except self._arrow_errors as e:
+            raise InputError(f"{file.name} is not a Parquet file that can be read: {e}") from e
+
+    def _column(self, block: int) -> Any:
+        with self._lock:
+            if block not in self._kept:
+                n, group = self._groups[block]
+                with self._files[n].path.open("rb") as f:
+                    table = self._open(f, self._files[n]).read_row_group(
+                        group, columns=[self._field]
+                    )
+                self._kept[block] = table.column(0)
+                while len(self._kept) > self._KEPT_GROUPS:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(block)
+            return self._kept[block]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Document:
+        block = int(np.searchsorted(self._ends, index, side="right"))
+        row = index - (int(self._ends[block - 1]) if block else 0)
+        n, group = self._groups[block]
+        name = f"{self._files[n].name}#{group}:{row}"
+        value = self._column(block)[row].as_py()
+        return Document(name, _field_of({self._field: value}, self._field, name))
+
+
+class ArrayRecord:
+    """ArrayRecord of JSON objects, of `tf.train.Example`s, or (`field=""`) of plain text."""
+
+    block_sizes = None
+
+    def __init__(self, config: SourceConfig, files: Sequence[File]):
+        import grain
+
+        self.label = config.path
+        self._field = config.field
+        self._names = [f.name for f in files]
+        # The reader opens local files only: others are copied to a temporary file.
+        paths = []
+        for file in files:
+            path = file.path
+            if "://" in os.fspath(path):
+                path = _temporary_file(self, ".arrayrecord")
+                file.path.copy(path, overwrite=True)
+            paths.append(os.fspath(path))
+        try:
+            self._records = grain.sources.ArrayRecordDataSource(paths)
+            self._length = len(self._records)
+        except (RuntimeError, ValueError) as e:
+            raise InputError(f"source {self.label!r} cannot be read as ArrayRecord: {e}") from e
+        self.fingerprint = fingerprint_of(
+            [self._field, self._length, *((f.name, f.size) for f in files)]
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Document:
+        name = f"{self.label}#{index}"
+        data = self._records[index]
+        if self._field and data[:1] == b"\n":  # Key 1, a message: how every Example begins.
+            return Document(name, _field_of(parse_example(data, name), self._field, name))
+        text = decode_utf8(data, 0, name)
+        if not self._field:
+            return Document(name, text)
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise InputError(
+                f"{name} is neither JSON nor a tf.train.Example; if the record is the text itself, "
+                f'set field="". ({e})'
+            ) from e
+        return Document(name, _field_of(record, self._field, name))
+
+
+class _Side:
+    """One side of a hold-out by position: the last of every `period` records, or the others."""
+
+    def __init__(self, parent: Source, split: Split, period: int):
+        self.label = parent.label
+        self.fingerprint = fingerprint_of([parent.fingerprint, split, period])
+        self._parent = parent
+        self._held_out = split == "eval"
+        self._period = period
+        self._length = self._before(len(parent))
+        self.block_sizes = None
+        if parent.block_sizes is not None:
+            ends = np.cumsum(parent.block_sizes)
+            self.block_sizes = np.diff([0, *(self._before(int(e)) for e in ends)]).tolist()
+
+    def _before(self, index: int) -> int:
+        """How many records of this side come before record `index`."""
+        held_out = index // self._period if self._period else 0
+        return held_out if self._held_out else index - held_out
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Document:
+        if self._held_out:
+            return self._parent[(index + 1) * self._period - 1]
+        return self._parent[index + index // (self._period - 1) if self._period else index]
+
+
+READERS: dict[str, Callable[[SourceConfig, Sequence[File]], Source]] = {
+    "jsonl": JsonLines,
+    "parquet": Parquet,
+    "arrayrecord": ArrayRecord,
+}
+
+
+def open_records(
+    reader: Callable[[SourceConfig, Sequence[File]], Source],
+    config: SourceConfig,
+    files: Sequence[File],
+    split: Split,
+    holdout_fraction: float,
+) -> Source:
+    """Opens a corpus of records with `reader`, or one side of its hold-out."""
+    source = reader(config, files)
+    if len(source) == 0:
+        raise InputError(f"source {config.path!r} is empty: it holds no record.")
+    if split == "all":
+        return source
+    return _Side(source, split, corpora.held_out_period(len(source), holdout_fraction))
