@@ -20,12 +20,15 @@ def kda_reference(
     beta: Float[Array, "B T H"],
     initial_state: Float[Array, "B H K V"],
     segment_ids: Int[Array, "B T"] | None,
+    *,
     scale: float,
+    chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Token scan: decay the state, apply the delta rule to the decayed state, read it.
 
-    Takes one q/k head per value head. Returns o in v's dtype and the final state in float32
-    (float64 inputs stay float64, for finite differences). Kimi Linear report, section 3.
+    Takes one q/k head per value head; chunk_size means nothing here. Returns o in v's dtype and
+    the final state in float32 (float64 inputs stay float64, for finite differences).
+    Source: Kimi Linear report, section 3.
     """
     dtype = jnp.promote_types(g.dtype, jnp.float32)
     batch, length = q.shape[:2]
