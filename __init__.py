@@ -1,6 +1,6 @@
 """Jaxalope: train and run the language models that are not plain transformers.
 
-The public face. Names are imported when they are first used, so that ``import jaxalope`` is instant.
+The public face. Names are imported when first used, so that ``import jaxalope`` is instant.
 """
 
 import importlib

@@ -271,13 +271,12 @@ class KimiLinearConfig:
     @classmethod
     def tiny(cls) -> KimiLinearConfig:
         """For tests: every kind of layer, a repeated group and an irregular tail, all small."""
-        full = (3, 6, 8)
         return cls(
             vocab_size=259,
             hidden_size=32,
-            num_layers=8,
-            kda_layers=tuple(i for i in range(1, 9) if i not in full),
-            full_attn_layers=full,
+            num_layers=6,
+            kda_layers=(1, 2, 4, 6),
+            full_attn_layers=(3, 5),
             kda_num_heads=2,
             kda_head_dim=8,
             num_attention_heads=2,

@@ -100,6 +100,45 @@ def weight_rules(config: KimiLinearConfig) -> list[WeightRule]:
     return rules
 
 
+def config_from_published(published: Mapping[str, Any]) -> KimiLinearConfig:
+    """Our configuration from the contents of a published ``config.json``.
+
+    Raises:
+        InputError: an option that changes the computation and is not implemented; names it.
+    """
+    linear = published["linear_attn_config"]
+    fixed = {
+        "mla_use_nope": True,
+        "moe_router_activation_func": "sigmoid",
+        "moe_layer_freq": 1,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "q_lora_rank": None,
+    }
+    for name, value in fixed.items():
+        if published.get(name, value) != value:
+            raise InputError(
+                f"config.json: {name}={published[name]!r} is not supported; only {value!r} is"
+            )
+    same = (
+        "vocab_size hidden_size num_attention_heads kv_lora_rank qk_nope_head_dim "
+        "qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size num_experts "
+        "num_shared_experts first_k_dense_replace num_expert_group topk_group moe_renormalize "
+        "routed_scaling_factor rms_norm_eps initializer_range bos_token_id eos_token_id "
+        "pad_token_id"
+    )
+    return KimiLinearConfig(
+        **{name: published[name] for name in same.split() if name in published},
+        num_layers=published["num_hidden_layers"],
+        num_experts_per_token=published["num_experts_per_token"],
+        kda_layers=tuple(linear["kda_layers"]),
+        full_attn_layers=tuple(linear["full_attn_layers"]),
+        kda_num_heads=linear["num_heads"],
+        kda_head_dim=linear["head_dim"],
+        short_conv_kernel_size=linear["short_conv_kernel_size"],
+    )
+
+
 def from_published(
     tensors: Mapping[str, Any], config: KimiLinearConfig, shapes: dict
 ) -> dict[Any, Any]:

@@ -12,3 +12,11 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+
+import pytest  # noqa: E402  (JAX must see the variables above)
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> pathlib.Path:
+    """The folder of small committed files that tests read."""
+    return pathlib.Path(__file__).parent / "fixtures"
