@@ -1,0 +1,143 @@
+"""Products of sorted rows with the weights of their group: the arithmetic of a mixture of experts.
+
+Implementations: ``reference`` (dense, float32), ``xla`` (``jax.lax.ragged_dot``) and ``blocked``
+(for CPU, where XLA runs ``ragged_dot`` as one dense product a group). Under a mesh, call them
+inside :func:`jaxalope.sharding.kernel_map`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ....errors import InputError
+from . import blocked, xla
+from .reference import grouped_matmul_reference, grouped_swiglu_reference
+
+IMPLEMENTATIONS = ("reference", "xla", "blocked")
+_FORMS = {"xla": xla, "blocked": blocked}
+
+
+def grouped_matmul(
+    x: Float[Array, "M D"],
+    w: Float[Array, "E D F"],
+    group_sizes: Int[Array, "E"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "M F"]:
+    """``y[m] = x[m] @ w[e]`` where ``e`` is the group that row ``m`` lies in.
+
+    The first ``group_sizes[0]`` rows are group 0's, the next ``group_sizes[1]`` group 1's, and so
+    on; groups may be empty, and rows past the last one give zero. Differentiable (in reverse) in
+    ``x`` and ``w``.
+
+    Args:
+        x: rows sorted by group; float32 or bfloat16.
+        w: one matrix a group, of the dtype of ``x``.
+        group_sizes: rows of each group, int32, of sum at most ``M``.
+        implementation: one of ``IMPLEMENTATIONS``; None picks ``blocked`` where the code is
+            lowered for CPU and ``xla`` elsewhere.
+
+    Returns:
+        The products, accumulated in float32, in the dtype of ``x``.
+
+    Raises:
+        InputError: an unknown implementation, or shapes that do not fit.
+    """
+    _check(x, {"w": w}, group_sizes, implementation)
+    if implementation == "reference":
+        return grouped_matmul_reference(x, w, group_sizes)
+    return _product(implementation, x, w, group_sizes)
+
+
+def grouped_swiglu(
+    x: Float[Array, "M D"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    group_sizes: Int[Array, "E"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "M D"]:
+    """``y[m] = (silu(x[m] @ gate[e]) * (x[m] @ up[e])) @ down[e]``: each row through its expert.
+
+    Groups, dtypes, implementations and errors are those of :func:`grouped_matmul`. One operator
+    rather than three products, because the ``blocked`` form then visits each row once.
+    """
+    _check(x, {"gate": gate, "up": up}, group_sizes, implementation)
+    if down.shape != (gate.shape[0], gate.shape[2], x.shape[1]) or up.shape != gate.shape:
+        raise InputError(
+            f"gate {gate.shape}, up {up.shape} and down {down.shape} do not fit together; "
+            "give [E, D, F], [E, D, F] and [E, F, D]"
+        )
+    if implementation == "reference":
+        return grouped_swiglu_reference(x, gate, up, down, group_sizes)
+    return _swiglu(implementation, x, gate, up, down, group_sizes)
+
+
+def _check(x, weights: dict[str, jax.Array], group_sizes, implementation: str | None) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise InputError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}")
+    for name, w in weights.items():
+        if x.ndim != 2 or w.ndim != 3 or w.shape[:2] != (*group_sizes.shape, x.shape[1]):
+            raise InputError(
+                f"x {x.shape}, {name} {w.shape} and group_sizes {group_sizes.shape} do not fit "
+                "together; give [M, D], [E, D, F] and [E]"
+            )
+
+
+def _dispatch(implementation: str | None, function: str, *args: jax.Array) -> Any:
+    """Run ``function`` of the named form, or of the one for the platform that is lowered for."""
+    if implementation is not None:
+        return getattr(_FORMS[implementation], function)(*args)
+    return jax.lax.platform_dependent(
+        *args, cpu=getattr(blocked, function), default=getattr(xla, function)
+    )
+
+
+# The choice of a platform is made inside the forward and inside the backward rule: both forms keep
+# the same residuals, so neither pays for the other's.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(implementation, x, w, group_sizes):
+    return _dispatch(implementation, "product", x, w, group_sizes)
+
+
+def _product_fwd(implementation, x, w, group_sizes):
+    return _product(implementation, x, w, group_sizes), (x, w, group_sizes)
+
+
+def _product_bwd(implementation, residuals, dy):
+    dx, dw = _dispatch(implementation, "product_vjp", *residuals, dy)
+    return dx, dw, _no_gradient(residuals[-1])
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu(implementation, x, gate, up, down, group_sizes):
+    return _dispatch(implementation, "swiglu", x, gate, up, down, group_sizes)[0]
+
+
+def _swiglu_fwd(implementation, x, gate, up, down, group_sizes):
+    inputs = (x, gate, up, down, group_sizes)
+    y, g, u = _dispatch(implementation, "swiglu", *inputs)
+    return y, (*inputs, g, u)
+
+
+def _swiglu_bwd(implementation, residuals, dy):
+    gradients = _dispatch(implementation, "swiglu_vjp", *residuals, dy)
+    return *gradients, _no_gradient(residuals[4])
+
+
+_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def _no_gradient(integers: jax.Array) -> np.ndarray:
+    return np.zeros(integers.shape, jax.dtypes.float0)
