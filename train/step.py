@@ -1,18 +1,41 @@
-"""The train step: a pure function from a state and a batch to the next state and its metrics."""
+"""The train step: a pure function from a state and a batch to the next state and its metrics.
+
+Where arrays are sharded, call everything inside ``use_mesh(mesh, experiment.rules)``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
 from ..configs.experiment import Experiment
-from ..sharding import Params
+from ..errors import InputError
+from ..model.registry import build_model
+from ..sharding import Params, param_axes, shardings, split, use_mesh
+from .layout import place_param, replicate, split_rows
+from .objectives import Batch, make_objective
+from .optimizers import (
+    ParamInfo,
+    flatten,
+    global_norm,
+    make_optimizer,
+    matches,
+    param_info,
+    trainable,
+    unflatten,
+)
+from .schedules import make_schedule
+
+Build = Callable[[jax.Array], nnx.Module]
+Metrics = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +46,7 @@ class TrainState:
     Attributes:
         step: int32 scalar, the number of optimizer steps taken.
         params: nested dict of float32 arrays.
-        opt_state: the optimizer's; nested tuples and dicts keyed by parameter paths.
+        opt_state: an ``OptimizerState``; its moments are dicts keyed by parameter names.
         ema: an average of ``params`` in the same shape, or None.
     """
 
@@ -33,33 +56,290 @@ class TrainState:
     ema: Params | None
 
 
-Build = Callable[[jax.Array], nnx.Module]
+# ----------------------------------------------------------------------------------------- state
 
 
 def init_state(
     experiment: Experiment, mesh: Mesh | None = None, *, build: Build | None = None
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """``(graphdef, state)`` at step 0, every array created on its own shard."""
-    raise NotImplementedError
+    """``(graphdef, state)`` at step 0, every array created on its own shard.
+
+    Args:
+        experiment: its settings; the values depend on ``train.seed`` and not on the mesh.
+        mesh: of ``make_mesh(experiment.mesh)``; None is one device.
+        build: makes the module from a key, where surgery follows ``build_model``.
+
+    Raises:
+        InputError: a parameter or the batch does not divide over the mesh.
+    """
+    graphdef, abstract = abstract_state(experiment, mesh, build=build)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = jax.jit(_init_fn(experiment, build), out_shardings=places)
+    key = jax.random.key(experiment.train.seed)
+    if mesh is None:
+        return graphdef, init(key)
+    with use_mesh(mesh, experiment.rules):
+        return graphdef, init(key)
 
 
 def abstract_state(
     experiment: Experiment, mesh: Mesh | None = None, *, build: Build | None = None
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """``(graphdef, state)`` of :func:`init_state` with ``ShapeDtypeStruct`` leaves and shardings."""
-    raise NotImplementedError
+    """What :func:`init_state` returns, with ``ShapeDtypeStruct`` leaves that carry shardings.
+
+    Nothing is allocated. A moment lies where its parameter lies.
+    """
+    if mesh is not None:
+        check_batch(experiment, mesh)
+    make = build or functools.partial(build_model, experiment.model)
+    module = nnx.eval_shape(lambda: make(jax.random.key(0)))
+    graphdef, params = split(module)
+    state = jax.eval_shape(_init_fn(experiment, build), jax.random.key(0))
+    if mesh is None:
+        everywhere, places = SingleDeviceSharding(jax.devices()[0]), {}
+    else:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        places = flatten(shardings(params, param_axes(module), mesh, experiment.rules))
+
+    def locate(path, leaf):
+        where = places.get(_param_of(path, places), everywhere)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return graphdef, jax.tree.map_with_path(locate, state)
 
 
-def make_train_step(experiment: Experiment, graphdef: nnx.GraphDef) -> Callable:
-    """The jitted ``(state, batch) -> (state, metrics)``; donates ``state``."""
-    raise NotImplementedError
+def _init_fn(experiment: Experiment, build: Build | None) -> Callable[[jax.Array], TrainState]:
+    make = build or functools.partial(build_model, experiment.model)
+
+    def init(key):
+        module = make(key)
+        info, params = param_info(module), split(module)[1]
+        optimizer = make_optimizer(experiment.optimizer, _schedule(experiment), info)
+        return TrainState(
+            step=jnp.zeros([], jnp.int32),
+            params=params,
+            opt_state=optimizer.init(_trained(experiment, info, flatten(params))),
+            ema=None if experiment.train.ema_decay is None else params,
+        )
+
+    return init
 
 
-def make_eval_step(experiment: Experiment, graphdef: nnx.GraphDef) -> Callable:
-    """The jitted ``(params, batch) -> sums``: add them over batches, then :func:`summarise`."""
-    raise NotImplementedError
+def _param_of(path: tuple, names: Mapping[str, Any]) -> str | None:
+    """The parameter that a leaf of the state belongs to, by its path; None if to none."""
+    keys = [getattr(k, "key", getattr(k, "name", k)) for k in path]
+    for start in range(len(keys)):
+        name = ".".join(str(k) for k in keys[start:])
+        if name in names:
+            return name
+    return None
 
 
-def summarise(sums: dict[str, Any]) -> dict[str, jax.Array]:
-    """Per-token means of the sums of one or more evaluation batches."""
-    raise NotImplementedError
+def check_batch(experiment: Experiment, mesh: Mesh) -> None:
+    """Raise an :class:`InputError` unless a microbatch divides over the mesh."""
+    rows = experiment.data.batch_size // experiment.train.accumulation
+    length = experiment.data.sequence_length
+    batch, seq = experiment.rules.spec(("batch", "seq"), mesh.axis_names)
+    for what, size, entry in (
+        (
+            f"data.batch_size={experiment.data.batch_size} / train.accumulation="
+            f"{experiment.train.accumulation} = {rows} rows",
+            rows,
+            batch,
+        ),
+        (f"data.sequence_length={length}", length, seq),
+    ):
+        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        for axis in axes:
+            if size % mesh.shape[axis]:
+                sizes = " x ".join(f"{a}={mesh.shape[a]}" for a in axes)
+                raise InputError(
+                    f"{what} does not divide over the mesh axes {sizes}; change it, or mesh.{axis}"
+                )
+            size //= mesh.shape[axis]
+
+
+def batch_sharding(experiment: Experiment, mesh: Mesh) -> NamedSharding:
+    """Where a batch's ``[B, T]`` arrays lie."""
+    return NamedSharding(mesh, experiment.rules.spec(("batch", "seq"), mesh.axis_names))
+
+
+# ------------------------------------------------------------------------------------------ step
+
+
+def make_train_step(
+    experiment: Experiment, graphdef: nnx.GraphDef
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted ``(state, batch) -> (state, metrics)``; donates ``state``.
+
+    ``batch`` holds the global batch's ``[B, T]`` arrays. Metrics are float32 scalars of this step:
+    ``loss``, the objective's own (``nll``, ``accuracy``, ``z_loss``) as means over ``weight``,
+    ``grad_norm`` before clipping, ``param_norm`` after the update, ``lr``, ``load_imbalance`` (the
+    busiest expert's load over the mean one, of the worst router) and the bool ``finite``. Where
+    that is False, the loss or the gradient was not, and the state is returned as it came.
+    """
+    config = experiment.train
+    objective, schedule = make_objective(experiment.objective), _schedule(experiment)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        info = param_info(nnx.merge(graphdef, state.params))
+        optimizer = make_optimizer(experiment.optimizer, schedule, info)
+        flat = flatten(state.params)
+        trained = _trained(experiment, info, flat)
+
+        def loss_fn(trained, batch, key):
+            model = nnx.merge(graphdef, unflatten(flat | trained, info))
+            loss, weight, sums = objective(model, batch, key)
+            stats = flatten(sums.pop("stats", {}))
+            sums = {"loss": loss, "weight": weight, **sums, "stats": stats}
+            return loss, jax.tree.map(replicate, sums)
+
+        key = jax.random.fold_in(_data_key(config.seed), state.step)
+        grads, sums = _accumulate(loss_fn, trained, batch, key, config.accumulation)
+        stats = sums.pop("stats")
+        metrics = summarise(sums)
+        grads = {n: g / _positive(sums["weight"]) for n, g in grads.items()}
+
+        norm = global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        if config.clip_norm is not None:
+            shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
+            grads = {n: g * shrink for n, g in grads.items()}
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        new = flat | {n: trained[n] + u for n, u in updates.items()}
+        new |= _balance(experiment, state.step, info, flat, stats)
+        new = {n: place_param(x, info[n].axes) for n, x in new.items()}
+        ema = state.ema
+        if ema is not None:
+            d = config.ema_decay
+            average = {n: d * e + (1 - d) * new[n] for n, e in flatten(ema).items()}
+            ema = unflatten({n: place_param(x, info[n].axes) for n, x in average.items()}, info)
+
+        metrics |= {
+            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": norm,
+            "param_norm": global_norm(new),
+            "finite": finite,
+        }
+        if stats:
+            worst = [jnp.max(s.max(-1) / _positive(s.mean(-1))) for s in stats.values()]
+            metrics["load_imbalance"] = functools.reduce(jnp.maximum, worst)
+        after = TrainState(
+            step=state.step + 1,
+            params=unflatten(new, info),
+            opt_state=_place_moments(opt_state, info),
+            ema=ema,
+        )
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, state), metrics
+
+    return jax.jit(train_step, donate_argnames="state")
+
+
+def _accumulate(loss_fn, trained, batch: Batch, key: jax.Array, parts: int):
+    """Gradients and sums of the whole batch, taken in ``parts`` microbatches."""
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if parts == 1:
+        return grad_fn(trained, batch, jax.random.fold_in(key, 0))
+    micro = {name: split_rows(x, parts) for name, x in batch.items()}
+    first = {name: x[0] for name, x in micro.items()}
+    shapes = jax.eval_shape(loss_fn, trained, first, key)[1]
+    zero = (
+        {n: jnp.zeros_like(x, jnp.float32) for n, x in trained.items()},
+        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+    )
+
+    def body(total, part):
+        i, batch = part
+        return jax.tree.map(
+            jnp.add, total, grad_fn(trained, batch, jax.random.fold_in(key, i))
+        ), None
+
+    return jax.lax.scan(body, zero, (jnp.arange(parts), micro))[0]
+
+
+def _balance(
+    experiment: Experiment,
+    step: Int[Array, ""],
+    info: Mapping[str, ParamInfo],
+    flat: Mapping[str, Array],
+    loads: Mapping[str, Array],
+) -> dict[str, Array]:
+    """The balancing biases after this batch, by its expert loads (Moonlight's form).
+
+    ``b += rate * (sign(e) - mean(sign(e)))`` with ``e`` the mean load less the expert's: loss-free
+    balancing (arXiv 2408.15664) whose biases keep their sum.
+    """
+    config = experiment.train
+    names = [
+        n for n, p in info.items() if p.gradient_free and matches(experiment.optimizer.trainable, n)
+    ]
+    if not names or not config.balance_rate:
+        return {}
+    rate = jnp.float32(config.balance_rate)
+    if config.balance_steps is not None:
+        rate = jnp.where(step < config.balance_steps, rate, 0)
+    biases = {}
+    for name in names:
+        if name not in loads:
+            raise TypeError(
+                f"parameter {name} is learnt without a gradient, and the model returned no "
+                f"statistics for it; there are some for {sorted(loads)}"
+            )
+        load = loads[name]
+        sign = jnp.sign(load.mean(-1, keepdims=True) - load)
+        change = rate * (sign - sign.mean(-1, keepdims=True))
+        biases[name] = flat[name] + place_param(change, info[name].axes)
+    return biases
+
+
+def _place_moments(opt_state: Any, info: Mapping[str, ParamInfo]) -> Any:
+    def place(path, leaf):
+        name = _param_of(path, info)
+        return leaf if name is None else place_param(leaf, info[name].axes)
+
+    return jax.tree.map_with_path(place, opt_state)
+
+
+def _trained(experiment: Experiment, info: Mapping[str, ParamInfo], flat: Mapping[str, Any]):
+    return {n: flat[n] for n in trainable(info, experiment.optimizer.trainable)}
+
+
+def _schedule(experiment: Experiment):
+    return make_schedule(experiment.schedule, experiment.train.steps)
+
+
+def _data_key(seed: int) -> jax.Array:
+    """A key apart from the one that the parameters are drawn from."""
+    return jax.random.fold_in(jax.random.key(seed), 1)
+
+
+def _positive(x: jax.Array) -> jax.Array:
+    """``x``, or 1 where it is 0: a batch without targets has a loss of 0."""
+    return jnp.where(x > 0, x, 1)
+
+
+# ------------------------------------------------------------------------------------------ eval
+
+
+def make_eval_step(
+    experiment: Experiment, graphdef: nnx.GraphDef
+) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """The jitted ``(params, batch) -> sums``: add them over batches, then :func:`summarise`.
+
+    Random objectives draw the same numbers at every evaluation.
+    """
+    objective = make_objective(experiment.objective)
+
+    def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        model = nnx.merge(graphdef, params)
+        loss, weight, sums = objective(model, batch, _data_key(experiment.train.seed))
+        sums.pop("stats", None)
+        return jax.tree.map(replicate, {"loss": loss, "weight": weight, **sums})
+
+    return jax.jit(eval_step)
+
+
+def summarise(sums: Mapping[str, jax.Array]) -> Metrics:
+    """Means over ``weight`` of every other sum; ``weight`` stays (the number of targets)."""
+    weight = sums["weight"]
+    return {n: s if n == "weight" else s / _positive(weight) for n, s in sums.items()}

@@ -1,0 +1,182 @@
+"""Muon in Moonlight's form (arXiv 2502.16982, section 2): momentum, orthogonalised, AdamW-sized.
+
+Why not ``optax.contrib.muon``: its momentum is a bias-corrected average, which weighs the newest
+gradient about twice as much in the first steps as the published accumulator does; and it
+orthogonalises one tensor at a time through reshapes over sharded dimensions, which Explicit meshes
+refuse.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from ..sharding import current_rules
+from .layout import place
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan 2024; Moonlight's table of hyperparameters
+_HEADS = ("heads", "kv_heads")
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """How a parameter is read as a batch of matrices: its leading dims, rows, columns, in order.
+
+    Attributes:
+        axes: the logical axes of the parameter.
+        batch: how many leading dimensions count matrices (stacked layers, experts).
+        rows: how many of the following ones make up the rows; the rest are the columns.
+    """
+
+    axes: tuple[str | None, ...]
+    batch: int
+    rows: int
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """``(*batch, rows, columns)`` of a parameter of this shape."""
+        split = self.batch + self.rows
+        rows, columns = math.prod(shape[self.batch : split]), math.prod(shape[split:])
+        return (*shape[: self.batch], rows, columns)
+
+
+def as_matrix(axes: Sequence[str | None]) -> Matrix | None:
+    """The matrix that a kernel with these logical axes is; None where it is not one.
+
+    ``layers`` counts matrices, and so do ``experts`` that lead two further dimensions. Heads and
+    the dimension after them are one side: ``[embed, heads, head_dim]`` is D x HK, ``[heads,
+    head_dim, embed]`` is HK x D.
+    """
+    axes = tuple(axes)
+    batch = 0
+    while axes[batch : batch + 1] == ("layers",):
+        batch += 1
+    if axes[batch : batch + 1] == ("experts",) and len(axes) - batch > 2:
+        batch += 1
+    sides: list[int] = []
+    rest = axes[batch:]
+    while rest:
+        side = 2 if rest[0] in _HEADS and rest[1:2] == ("head_dim",) else 1
+        sides.append(side)
+        rest = rest[side:]
+    return Matrix(axes, batch, sides[0]) if len(sides) == 2 else None
+
+
+class MuonState(NamedTuple):
+    """``momentum``: float32, one a matrix parameter, shaped and sharded like it."""
+
+    momentum: dict[str, Array]
+
+
+def scale_by_muon(
+    matrices: Mapping[str, Matrix], momentum: float = 0.95, steps: int = 5, rms: float = 0.2
+) -> optax.GradientTransformation:
+    """Flat gradients into ``rms * sqrt(max(rows, columns)) * O``, with ``O`` orthogonal.
+
+    The accumulator is ``M = momentum * M + g``, and ``O`` comes from its Nesterov look-ahead
+    ``momentum * M + g``. Learning rate and weight decay are the caller's.
+    """
+
+    def init(params):
+        return MuonState({n: jnp.zeros_like(p, jnp.float32) for n, p in params.items()})
+
+    def update(grads, state, params=None):
+        del params
+        grads = {n: g.astype(jnp.float32) for n, g in grads.items()}
+        moments = {n: momentum * state.momentum[n] + g for n, g in grads.items()}
+        ahead = {n: momentum * moments[n] + g for n, g in grads.items()}
+        updates = _orthogonalise(ahead, matrices, steps)
+        for name, u in updates.items():
+            updates[name] = rms * math.sqrt(max(matrices[name].shape(u.shape)[-2:])) * u
+        return updates, MuonState(moments)
+
+    return optax.GradientTransformation(init, update)
+
+
+def newton_schulz(x: Float[Array, "*batch R C"], steps: int) -> Float[Array, "*batch R C"]:
+    """Nearly orthogonal matrices (singular values in about [0.7, 1.2]) with the row space of ``x``.
+
+    ``x`` must have Frobenius norms of at most 1, and ``R <= C`` for the least work.
+    """
+    a, b, c = _COEFFICIENTS
+
+    def step(_, x):
+        gram = jnp.einsum("...ij,...kj->...ik", x, x)
+        return a * x + (b * gram + c * gram @ gram) @ x
+
+    # A loop rather than five copies: a model has some twenty shapes of matrices to compile.
+    return jax.lax.fori_loop(0, steps, step, x)
+
+
+def _orthogonalise(
+    updates: dict[str, Array], matrices: Mapping[str, Matrix], steps: int
+) -> dict[str, Array]:
+    """All matrices orthogonalised, those of one shape together; float32, sharded as they came."""
+
+    def run(dtype):
+        def orthogonalise(updates):
+            stacks = collections.defaultdict(dict)
+            routes, turned = {}, {}
+            for name, x in updates.items():
+                matrix, routes[name] = matrices[name], _route(matrices[name], x.shape)
+                dims = tuple(range(matrix.batch, x.ndim))
+                norm = jnp.sqrt(jnp.sum(x * x, axis=dims, keepdims=True))
+                # An expert without a single token has a gradient of zeros: its update is zero.
+                x = (x / jnp.maximum(norm, 1e-30)).astype(dtype)
+                for spec in routes[name][1:]:
+                    x = place(x, spec)
+                x = x.reshape(matrix.shape(x.shape))
+                # The iteration commutes with transposition, and the smaller Gram matrix is cheaper.
+                turned[name] = x.shape[-2] > x.shape[-1]
+                x = jnp.swapaxes(x, -2, -1) if turned[name] else x
+                where = routes[name][-1][: matrix.batch] if routes[name] else ()
+                stacks[x.shape, where][name] = x
+            out = {}
+            for stack in stacks.values():
+                done = newton_schulz(jnp.stack(list(stack.values())), steps)
+                for i, name in enumerate(stack):
+                    x = jnp.swapaxes(done[i], -2, -1) if turned[name] else done[i]
+                    x = x.reshape(updates[name].shape)
+                    for spec in reversed(routes[name][:-1]):
+                        x = place(x, spec)
+                    out[name] = x.astype(jnp.float32)
+            return out
+
+        return orthogonalise
+
+    # The iteration tolerates bfloat16, which accelerators multiply fast; a CPU does not.
+    return jax.lax.platform_dependent(updates, cpu=run(jnp.float32), default=run(jnp.bfloat16))
+
+
+def _route(matrix: Matrix, shape: Sequence[int]) -> list[PartitionSpec]:
+    """Layouts from the parameter's own to one that keeps each matrix whole; [] without a mesh.
+
+    A mesh axis that splits rows or columns goes over to a batch dimension that it divides, so that
+    devices share the matrices out (one all-to-all an axis, each in its own layout: the partitioner
+    does not see a move of several at once). An axis that divides none is gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return []
+    home = current_rules().param_spec(matrix.axes, mesh.axis_names)
+    spec = [() if e is None else ((e,) if isinstance(e, str) else tuple(e)) for e in home]
+    route = [home]
+    for dim in reversed(range(matrix.batch, len(shape))):
+        while spec[dim]:
+            spec[dim], axis = spec[dim][:-1], spec[dim][-1]
+            if mesh.shape[axis] > 1:
+                for b in reversed(range(matrix.batch)):
+                    parts = math.prod(mesh.shape[a] for a in spec[b])
+                    if shape[b] % (parts * mesh.shape[axis]) == 0:
+                        spec[b] = (*spec[b], axis)
+                        break
+            route.append(PartitionSpec(*(e or None for e in spec)))
+    return route
