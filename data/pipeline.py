@@ -26,7 +26,7 @@ from .config import DataConfig, SourceConfig
 from .documents import Source, Split
 from .packing import PackIterDataset, Row, Tokens
 from .readers import open_source
-from .shuffle import BlockShuffle
+from .shuffle import shuffled
 from .tokenizers import Tokenizer
 
 Batch = dict[str, Int32[np.ndarray, "B T"]]
@@ -65,22 +65,11 @@ def _encoder(config: DataConfig, tokenizer: Tokenizer):
 def _rows(
     config: DataConfig,
     tokenizer: Tokenizer,
-    source: Source,
-    *,
-    seed: int | None,
-    repeat: bool,
+    documents: grain.MapDataset,
     stream: int,
     num_streams: int,
 ) -> grain.IterDataset:
-    """The packed rows of one stream and one source; `seed=None` keeps the documents' order."""
-    documents = grain.MapDataset.source(source)
-    if seed is not None:
-        if source.block_sizes is None:
-            documents = documents.shuffle(seed=seed)
-        else:
-            documents = BlockShuffle(documents, list(source.block_sizes), seed)
-    if repeat:
-        documents = documents.repeat()
+    """The packed rows of one stream of `documents`."""
     tokens = documents[stream::num_streams].map(_encoder(config, tokenizer))
     threads = config.read_threads
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -231,19 +220,12 @@ class Pipeline:
                 for c, s in opened
             ],
         }
+        documents = [
+            shuffled(source, int(seed)) if config.shuffle else grain.MapDataset.source(source)
+            for (_, source), seed in zip(opened, seeds, strict=True)
+        ]
         rows = {
-            v: [
-                _rows(
-                    config,
-                    tokenizer,
-                    source,
-                    seed=int(seed) if config.shuffle else None,
-                    repeat=True,
-                    stream=v,
-                    num_streams=num_streams,
-                )
-                for (_, source), seed in zip(opened, seeds, strict=True)
-            ]
+            v: [_rows(config, tokenizer, ds.repeat(), v, num_streams) for ds in documents]
             for v in self._streams
         }
         batches = grain.experimental.ThreadPrefetchIterDataset(
@@ -426,34 +408,25 @@ def _eval_rows(config, tokenizer, opened) -> Iterator[Row]:
     """The rows of all sources, mixed by weight while they last; streams of a source take turns."""
     turns = [
         collections.deque(
-            iter(
-                _rows(
-                    config,
-                    tokenizer,
-                    source,
-                    seed=None,
-                    repeat=False,
-                    stream=v,
-                    num_streams=_EVAL_STREAMS,
-                )
-            )
+            iter(_rows(config, tokenizer, grain.MapDataset.source(source), v, _EVAL_STREAMS))
             for v in range(min(_EVAL_STREAMS, len(source)))
         )
         for _, source in opened
     ]
     weights = np.array([c.weight for c, _ in opened])
-    number = 0
-    while any(turns):
-        left = np.array([bool(t) for t in turns])
-        chosen = int(source_of_rows(weights * left, np.array([number]))[0])
-        number += 1
-        streams = turns[chosen]
-        while streams:
-            try:
-                row = next(streams[0])
-            except StopIteration:
+    try:
+        for number in itertools.count():
+            left = [bool(t) for t in turns]
+            if not any(left):
+                return
+            streams = turns[source_of_rows(weights * left, np.array([number]))[0]]
+            while streams:
+                row = next(streams[0], None)
+                if row is not None:
+                    streams.rotate(-1)
+                    yield row
+                    break
                 streams.popleft().close()
-                continue
-            streams.rotate(-1)
-            yield row
-            break
+    finally:
+        for iterator in itertools.chain(*turns):
+            iterator.close()

@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import pytest
+
 from jaxalope.data.config import DataConfig, SourceConfig
 from jaxalope.errors import InputError
 

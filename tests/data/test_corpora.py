@@ -2,6 +2,7 @@ import hashlib
 
 import pytest
 from etils import epath
+
 from jaxalope.data import corpora
 from jaxalope.data.config import SourceConfig
 from jaxalope.data.readers import open_source

@@ -5,6 +5,7 @@ import os
 import pytest
 from array_record.python import array_record_module
 from etils import epath
+
 from jaxalope.data import documents, records
 from jaxalope.data.config import SourceConfig
 from jaxalope.data.readers import open_source
@@ -184,8 +185,8 @@ def test_other_file_systems_are_read_through_epath(reader, name, tmp_path):
 
     WRITERS[name](tmp_path / name, TEXTS)
     path = Elsewhere(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        open(path)
+    with pytest.raises(FileNotFoundError), open(path):
+        pass
     file = documents.File(name, path, 1)
     assert read(reader(SourceConfig(path="x"), [file])) == TEXTS
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tokenizers as hf
+
 from jaxalope.data.tokenizers import (
     ByteTokenizer,
     JsonTokenizer,

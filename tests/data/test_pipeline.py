@@ -1,0 +1,382 @@
+import dataclasses
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from jaxalope.data import pipeline as lib
+from jaxalope.data.config import DataConfig, SourceConfig
+from jaxalope.data.pipeline import Pipeline, eval_batches, merge_states, source_of_rows
+from jaxalope.data.tokenizers import ByteTokenizer
+from jaxalope.errors import InputError
+
+TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """Three corpora of different size; documents begin with a letter that tells the corpus."""
+    root = tmp_path_factory.mktemp("corpora")
+    rng = np.random.default_rng(0)
+
+    def texts(letter, count):
+        return [letter + f"{i:04d}" + "x" * int(rng.integers(0, 60)) for i in range(count)]
+
+    for letter, count in (("a", 40), ("b", 25), ("c", 2)):
+        lines = [json.dumps({"text": t}) for t in texts(letter, count)]
+        (root / f"{letter}.jsonl").write_text("\n".join(lines))
+    return {x: SourceConfig(path=str(root / f"{x}.jsonl")) for x in "abc"}
+
+
+@pytest.fixture
+def config(corpora):
+    mixed = (corpora["a"], dataclasses.replace(corpora["b"], weight=0.5))
+    return DataConfig(
+        sequence_length=32, batch_size=8, num_streams=4, sources=mixed, holdout_fraction=0.1
+    )
+
+
+def take(config, count, state=None, **kwargs):
+    """`count` batches from `state` on, and the state after each."""
+    with Pipeline(config, TOKENIZER, **kwargs) as pipeline:
+        if state is not None:
+            pipeline.restore(state)
+        made = []
+        for _ in range(count):
+            batch = next(pipeline)
+            made.append((batch, pipeline.state()))
+        return made
+
+
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    for ours, theirs in zip(batches, expected, strict=True):
+        assert ours.keys() == theirs.keys() == {"tokens", "segment_ids", "positions"}
+        for key in ours:
+            assert ours[key].dtype == np.int32
+            assert np.array_equal(ours[key], theirs[key]), key
+
+
+def test_batches_have_the_promised_shape(config):
+    (batch, state), *_ = take(config, 1)
+    assert all(v.shape == (8, 32) and v.dtype == np.int32 for v in batch.values())
+    assert (batch["tokens"] < TOKENIZER.vocab_size).all()
+    assert (batch["segment_ids"] >= 1).all()  # concat wastes nothing
+    for row in range(8):
+        starts = np.flatnonzero(np.diff(batch["segment_ids"][row], prepend=0))
+        assert (batch["positions"][row][starts] == 0).all()
+        ends = starts[1:] - 1
+        assert (batch["tokens"][row][ends] == TOKENIZER.eos_id).all()
+    assert json.loads(json.dumps(state)) == state
+
+
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_resuming_after_any_step_gives_the_same_batches(config, packing, prefetch):
+    # 12 steps of 8 rows of 32 tokens: the 40 + 25 documents of some 35 tokens pass more than once.
+    config = dataclasses.replace(config, packing=packing, prefetch_batches=prefetch)
+    straight = take(config, 24)
+    batches = [b for b, _ in straight]
+    indices = [s[0]["documents"]["next_index"] for s in straight[-1][1]["streams"].values()]
+    assert max(indices) * 4 > 40, "the test has to cross the end of an epoch"
+    for n in (0, 1, 2, 7, 15, 20):
+        state = straight[n][1]
+        assert state["step"] == n + 1
+        resumed = take(config, 3, json.loads(json.dumps(state)))
+        assert_same([b for b, _ in resumed], batches[n + 1 : n + 4])
+
+
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+def test_batches_do_not_depend_on_the_number_of_processes(config, packing):
+    config = dataclasses.replace(config, packing=packing)
+    expected = [b for b, _ in take(config, 10)]
+
+    def together(parts):
+        return [
+            {k: np.concatenate([p[s][0][k] for p in parts]) for k in parts[0][s][0]}
+            for s in range(len(parts[0]))
+        ]
+
+    state = None
+    made = []
+    for processes in (2, 4, 1):  # The number of machines changes twice on the way.
+        parts = [
+            take(config, 3, state, process_index=i, process_count=processes)
+            for i in range(processes)
+        ]
+        made += together(parts)
+        state = merge_states([p[-1][1] for p in parts])
+    assert_same(made, expected[:9])
+
+
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+def test_fewer_documents_than_streams(corpora, packing):
+    config = DataConfig(
+        sequence_length=16,
+        batch_size=8,
+        sources=(corpora["c"],),
+        holdout_fraction=0.0,
+        packing=packing,
+    )
+    assert config.streams == 8
+    straight = take(config, 6)
+    assert_same([b for b, _ in take(config, 3, straight[2][1])], [b for b, _ in straight[3:]])
+    text = b"".join(TOKENIZER.decode_bytes(b["tokens"].ravel()) for b, _ in straight)
+    assert b"c0000" in text and b"c0001" in text
+
+
+def test_streams_share_an_epoch_without_overlap(corpora):
+    config = DataConfig(
+        sequence_length=64,
+        batch_size=4,
+        sources=(corpora["a"],),
+        holdout_fraction=0.0,
+    )
+    with Pipeline(config, TOKENIZER) as pipeline:
+        seen = [[] for _ in range(4)]
+        for _ in range(40):
+            next(pipeline)
+            for row, pieces in enumerate(pipeline._pieces[pipeline.step - 1]):
+                seen[row] += [name for name, offset in pieces if offset == 0]
+    first_epoch = [name for stream in seen for name in stream[:10]]  # 40 documents, 4 streams
+    assert len(set(first_epoch)) == 40
+    second_epoch = [name for stream in seen for name in stream[10:20]]
+    assert len(set(second_epoch)) == 40
+    assert first_epoch != second_epoch
+
+
+def test_order_depends_on_the_seed_and_on_shuffle(config):
+    first = take(config, 1)[0][0]["tokens"]
+    assert not np.array_equal(first, take(dataclasses.replace(config, seed=1), 1)[0][0]["tokens"])
+    ordered = dataclasses.replace(config, shuffle=False, holdout_fraction=0.0)
+    text = TOKENIZER.decode(take(ordered, 1)[0][0]["tokens"][:, :5].ravel())
+    assert "a0000" in text and "a0001" in text and "a0002" in text
+
+
+def test_weights_are_shares_of_rows_in_every_batch(config):
+    config = dataclasses.replace(config, batch_size=32, num_streams=None)
+    for batch, _ in take(config, 6):
+        letters = []
+        with_start = batch["positions"] == 0
+        for row in range(32):
+            text = TOKENIZER.decode(batch["tokens"][row][np.argmax(with_start[row][1:]) + 1 :])
+            letters.append("b" if "b0" in text else "a" if "a0" in text else "?")
+        assert abs(letters.count("b") - 32 / 3) <= 3 + letters.count("?")
+
+
+@pytest.mark.parametrize("weights", [[1.0], [2, 1], [0.7, 0.2, 0.1], [5, 0, 3]])
+@pytest.mark.parametrize("start", [0, 10**9])
+def test_source_of_rows_is_even(weights, start):
+    rows = start + np.arange(4000)
+    chosen = source_of_rows(weights, rows)
+    share = np.array(weights) / np.sum(weights)
+    counts = np.bincount(chosen, minlength=len(weights))
+    assert np.abs(counts / 4000 - share).max() < 2e-3
+    for batch in np.split(chosen, 125):
+        assert np.abs(np.bincount(batch, minlength=len(weights)) - 32 * share).max() < 3
+    # A row's number in the batch decides nothing: every stream reads every source.
+    assert set(chosen[::32]) == {i for i, w in enumerate(weights) if w}
+
+
+def test_bos_begins_documents_when_asked(config):
+    config = dataclasses.replace(config, add_bos=True, packing="first_fit")
+    batch = take(config, 1)[0][0]
+    starts = (batch["positions"] == 0) & (batch["segment_ids"] > 0)
+    whole = starts & (batch["tokens"] == TOKENIZER.bos_id)
+    assert whole.sum() > starts.sum() / 3
+    tokenizer = ByteTokenizer()
+    tokenizer.bos_id = None
+    with pytest.raises(InputError, match="add_bos=True"):
+        Pipeline(config, tokenizer)
+
+
+def test_state_is_refused_by_another_run(config, corpora, tmp_path):
+    (_, state), *_ = take(config, 1)
+    with pytest.raises(InputError, match=r"seed: 0 there, 5 here"):
+        take(dataclasses.replace(config, seed=5), 1, state)
+    with pytest.raises(InputError, match="sources: "):
+        take(dataclasses.replace(config, sources=(corpora["a"],)), 1, state)
+    tokenizer = ByteTokenizer()
+    tokenizer.fingerprint = "other"
+    with pytest.raises(InputError, match="tokenizer: "), Pipeline(config, tokenizer) as pipeline:
+        pipeline.restore(state)
+    ((_, part),) = take(config, 1, process_index=0, process_count=2)
+    with pytest.raises(InputError, match=r"lacks streams \[2, 3\]"):
+        take(config, 1, part)
+    with pytest.raises(InputError, match="not the state"):
+        take(config, 1, {})
+    with pytest.raises(InputError, match="cannot be merged"):
+        merge_states([state, take(config, 2)[1][1]])
+
+
+def test_a_corpus_that_changed_or_moved(corpora, tmp_path):
+    def at(path):
+        source = SourceConfig(path=str(path))
+        return DataConfig(sequence_length=16, batch_size=2, sources=(source,))
+
+    text = pathlib.Path(corpora["a"].path).read_text()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text(text)
+    straight = take(at(tmp_path / "one"), 3)
+    moved = take(at(tmp_path / "two"), 2, straight[0][1])
+    assert_same([b for b, _ in moved], [b for b, _ in straight[1:]])
+    (tmp_path / "two/a.jsonl").write_text(text + '\n{"text": "more"}')
+    with pytest.raises(InputError, match="cannot be continued exactly"):
+        take(at(tmp_path / "two"), 1, straight[0][1])
+
+
+def test_processes_that_do_not_fit(config):
+    with pytest.raises(InputError, match="3 processes cannot share num_streams=4"):
+        Pipeline(config, TOKENIZER, process_count=3)
+    with pytest.raises(InputError, match="process_index=2"):
+        Pipeline(config, TOKENIZER, process_index=2, process_count=2)
+
+
+def test_identity_names_the_documents_of_a_batch(config):
+    with Pipeline(config, TOKENIZER, process_index=1, process_count=2) as pipeline:
+        assert "not yet" in pipeline.describe(0)
+        for _ in range(3):
+            next(pipeline)
+        text = pipeline.describe()
+        assert text.startswith("batch 2 (seed 0); row 4: ")
+        assert "a.jsonl:" in text and "row 7: " in text and "row 3" not in text
+        assert pipeline.describe(1).startswith("batch 1 ") and pipeline.describe(1) != text
+
+
+def test_closing_ends_the_threads(config):
+    before = threading.active_count()
+    config = dataclasses.replace(config, read_threads=2)
+    with Pipeline(config, TOKENIZER) as pipeline:
+        next(pipeline)
+        assert threading.active_count() > before
+        state = pipeline.state()
+    pipeline.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("grain"):
+            thread.join(5)
+    assert threading.active_count() == before
+    assert pipeline.state() == state
+    with pytest.raises(ValueError, match="closed"):
+        next(pipeline)
+
+
+def test_read_threads_change_nothing(config):
+    expected = take(config, 5)
+    threaded = take(dataclasses.replace(config, read_threads=2), 5)
+    assert_same([b for b, _ in threaded], [b for b, _ in expected])
+    assert threaded[-1][1] == expected[-1][1]
+
+
+def test_a_program_that_does_not_close_ends_quietly():
+    program = (
+        "from jaxalope.data.config import DataConfig\n"
+        "from jaxalope.data.pipeline import Pipeline\n"
+        "from jaxalope.data.tokenizers import ByteTokenizer\n"
+        "p = Pipeline(DataConfig(sequence_length=64, batch_size=2), ByteTokenizer())\n"
+        "print(next(p)['tokens'].shape)\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(2, 64)\n", "")
+
+
+def test_errors_of_the_reader_reach_the_caller(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}')
+    source = SourceConfig(path=str(tmp_path / "a.jsonl"))
+    config = DataConfig(sequence_length=8, batch_size=2, sources=(source,), holdout_fraction=0)
+    with (
+        Pipeline(config, TOKENIZER) as pipeline,
+        pytest.raises(InputError, match=r"a\.jsonl:2: field 'text' holds int"),
+    ):
+        next(pipeline)
+
+
+def eval_texts(batches):
+    return {
+        bytes(b["tokens"][r][(b["segment_ids"][r] == s)].clip(0, 255).astype(np.uint8))[:5]
+        for b in batches
+        for r in range(len(b["tokens"]))
+        for s in range(1, b["segment_ids"][r].max() + 1)
+    }
+
+
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+def test_evaluation_is_one_pass_over_what_training_never_sees(config, packing):
+    config = dataclasses.replace(config, packing=packing, sequence_length=128)
+    batches = list(eval_batches(config, TOKENIZER))
+    assert_same(list(eval_batches(config, TOKENIZER)), batches)
+    # Every tenth line of a.jsonl and b.jsonl, counted from 1.
+    held_out = {b"a0009", b"a0019", b"a0029", b"a0039", b"b0009", b"b0019"}
+    assert {t for t in eval_texts(batches) if t[:1] in b"ab" and t[1:].isdigit()} == held_out
+    seen = eval_texts([b for b, _ in take(config, 30)])
+    assert len(seen) > 50 and not seen & held_out
+    last = batches[-1]
+    assert last["tokens"].shape == (8, 128)
+    empty = last["segment_ids"].max(1) == 0
+    assert empty.any() and (last["tokens"][empty] == TOKENIZER.pad_id).all()
+
+
+def test_evaluation_is_the_same_for_any_seed_process_count_and_batch_size(config):
+    rows = np.concatenate([b["tokens"] for b in eval_batches(config, TOKENIZER)])
+    other = dataclasses.replace(config, seed=9, batch_size=2, num_streams=None, shuffle=False)
+    smaller = np.concatenate([b["tokens"] for b in eval_batches(other, TOKENIZER)])
+    assert np.array_equal(rows[: len(smaller)], smaller)
+    assert (rows[len(smaller) :] == TOKENIZER.pad_id).all()
+    parts = [
+        [b["tokens"] for b in eval_batches(config, TOKENIZER, process_index=i, process_count=2)]
+        for i in range(2)
+    ]
+    joined = [np.concatenate(batch) for batch in zip(*parts, strict=True)]
+    assert np.array_equal(np.concatenate(joined), rows)
+    assert len(list(eval_batches(config, TOKENIZER, num_batches=1))) == 1
+    with pytest.raises(InputError, match="3 processes"):
+        eval_batches(config, TOKENIZER, process_count=3)
+
+
+def test_separate_evaluation_sources(config, corpora):
+    config = dataclasses.replace(config, sources=(corpora["a"],), eval_sources=(corpora["c"],))
+    texts = {t for t in eval_texts(eval_batches(config, TOKENIZER)) if t[1:].isdigit()}
+    assert texts == {b"c0000", b"c0001"}
+    seen = eval_texts([b for b, _ in take(config, 40)])
+    assert {b"a0009", b"a0019"} <= seen  # Nothing is held out of `sources` then.
+
+
+def test_evaluation_without_text(tmp_path, config):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    empty = SourceConfig(path=str(tmp_path / "a.jsonl"))
+    config = dataclasses.replace(config, eval_sources=(empty,))
+    with pytest.raises(InputError, match="held-out documents are all empty"):
+        next(eval_batches(config, TOKENIZER))
+
+
+def test_the_default_corpus_starts_at_once(monkeypatch):
+    read = []
+    original = lib.open_source
+
+    def counted(*args):
+        source = original(*args)
+        get = source.__getitem__
+
+        class Counted(type(source)):
+            def __getitem__(self, index):
+                read.append(index)
+                return get(index)
+
+        source.__class__ = Counted
+        return source
+
+    monkeypatch.setattr(lib, "open_source", counted)
+    config = DataConfig(sequence_length=256, batch_size=8, prefetch_batches=0)
+    with Pipeline(config, TOKENIZER) as pipeline:
+        assert not read
+        batch = next(pipeline)
+        assert 8 <= len(read) <= 64  # One document a stream, or a few if they are short.
+    text = TOKENIZER.decode(batch["tokens"].ravel())
+    assert any(word in text for word in ("import", "def ", '"""'))
+    assert len(set(itertools.chain(*batch["tokens"].tolist()))) > 30
