@@ -1,0 +1,166 @@
+"""Generation equals what the forward pass says, whatever the batch, bucket or step count."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxalope
+from jaxalope import Chain, Greedy, InputError, Model, Temperature
+from jaxalope.data.tokenizers import load_tokenizer
+from jaxalope.infer import NextToken
+from jaxalope.infer.generate import _decoder
+from jaxalope.model import KimiLinearConfig, build_model
+from jaxalope.sharding import MeshConfig, init_params, make_mesh
+
+TINY = KimiLinearConfig.tiny()
+PROMPTS = ["def f(x):", "i", "class Jackalope: has antlers"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    graphdef, params = init_params(lambda key: build_model(TINY, key), jax.random.key(0))
+    # Larger weights, so that distributions are not flat.
+    params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
+    return Model(TINY, graphdef, params, load_tokenizer("bytes"))
+
+
+def row(model, prompt):
+    tokenizer = model.tokenizer
+    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(prompt)]
+
+
+def full_logits(model, prompt, new):
+    """Logits before each of the new tokens, from one uncached forward pass."""
+    ids = np.array([[*row(model, prompt), *new]], np.int32)
+    return np.asarray(model(ids)[0][0, -len(new) - 1 : -1])
+
+
+def test_greedy_equals_the_forward_pass(model):
+    out = jaxalope.generate(model, PROMPTS, Greedy(), max_new_tokens=12)
+    for prompt, tokens, logprobs in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
+        logits = full_logits(model, prompt, tokens.tolist())
+        np.testing.assert_array_equal(tokens, logits.argmax(-1))
+        expected = jax.nn.log_softmax(logits)[np.arange(len(tokens)), tokens]
+        np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+
+
+def test_batched_equals_single(model):
+    policy = Temperature(0.9)
+    together = jaxalope.generate(model, PROMPTS, policy, 20, seed=[5, 6, 7])
+    for i, prompt in enumerate(PROMPTS):
+        alone = jaxalope.generate(model, prompt, policy, 20, seed=[5 + i])
+        np.testing.assert_array_equal(together.tokens[i], alone.tokens[0])
+        assert together.text[i] == alone.text[0]
+    turned = jaxalope.generate(model, PROMPTS[::-1], policy, 20, seed=[7, 6, 5])
+    assert turned.text == together.text[::-1]
+
+
+def test_seeds_matter(model):
+    texts = {jaxalope.generate(model, "x", Temperature(1.0), 20, seed=s).text[0] for s in range(4)}
+    assert len(texts) == 4
+
+
+def test_stop_token_ends_its_row_only(model):
+    free = jaxalope.generate(model, PROMPTS, Temperature(1.0), 24, stop_tokens=())
+    assert free.finish_reasons == ["length"] * 3
+    stop = int(free.tokens[1][5])
+    out = jaxalope.generate(model, PROMPTS, Temperature(1.0), 24, stop_tokens=(stop,))
+    for i, tokens in enumerate(free.tokens):
+        first = np.flatnonzero(tokens == stop)
+        if len(first):
+            assert out.finish_reasons[i] == "stop"
+            np.testing.assert_array_equal(out.tokens[i], tokens[: first[0] + 1])
+            assert len(out.logprobs[i]) == first[0] + 1
+        else:
+            assert out.finish_reasons[i] == "length"
+            np.testing.assert_array_equal(out.tokens[i], tokens)
+    assert out.finish_reasons[1] == "stop"
+
+
+def test_interrupted_loop_equals_one_call(model):
+    decoder = NextToken(model.graphdef, Temperature(1.0))
+    prompts = np.array([[1, 2, 3, 0], [4, 5, 6, 7]], np.int32)
+    lengths = np.array([3, 4], np.int32)
+    stops, seeds = np.array([-1], np.int32), np.array([0, 1], np.uint32)
+
+    def start():
+        return decoder.prefill(model.params, prompts, lengths, lengths + 10, seeds, capacity=16)
+
+    whole = decoder.decode(model.params, start(), stops, jnp.int32(10))
+    state, calls = start(), 0
+    while not bool(state.done.all()):
+        state = decoder.decode(model.params, state, stops, jnp.int32(3))
+        calls += 1
+    assert calls == 4
+    np.testing.assert_array_equal(state.tokens, whole.tokens)
+    np.testing.assert_array_equal(state.logprobs, whole.logprobs)
+
+
+def test_one_compilation_a_bucket(model):
+    policy = Temperature(0.31)
+    for prompt in ("a", "ab", "abc" * 15):
+        jaxalope.generate(model, prompt, policy, 5)
+    for max_new_tokens in (6, 9):
+        jaxalope.generate(model, "a", policy, max_new_tokens)
+    decoder = _decoder(model, policy)
+    assert decoder.prefill._cache_size() == 1
+    assert decoder.decode._cache_size() == 1
+
+
+def test_samples_follow_the_distribution(model):
+    """Pearson's chi-square of 4000 draws of one token; the false-alarm rate is below 1e-4."""
+    count, temperature = 4000, 0.8
+    out = jaxalope.generate(model, ["ab"] * count, Temperature(temperature), 1, seed=11)
+    drawn = np.bincount([int(t[0]) for t in out.tokens], minlength=TINY.vocab_size)
+    logits = np.asarray(model(np.array([row(model, "ab")], np.int32))[0][0, -1])
+    expected = count * np.asarray(jax.nn.softmax(logits / temperature))
+    likely = expected >= 5
+    observed = np.append(drawn[likely], drawn[~likely].sum())
+    expected = np.append(expected[likely], expected[~likely].sum())
+    statistic = np.sum((observed - expected) ** 2 / expected)
+    freedom = len(observed) - 1
+    # Wilson and Hilferty's normal approximation of the chi-square quantile, at z = 3.8.
+    bound = freedom * (1 - 2 / (9 * freedom) + 3.8 * np.sqrt(2 / (9 * freedom))) ** 3
+    assert statistic < bound
+
+
+def test_sharded_equals_one_device(model):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    _, placed = init_params(lambda key: build_model(TINY, key), jax.random.key(0), mesh)
+    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), model.params, placed)
+    sharded = dataclasses.replace(model, params=params, mesh=mesh)
+    prompts = [*PROMPTS, "four"]
+    expected = jaxalope.generate(model, prompts, Greedy(), 8)
+    found = jaxalope.generate(sharded, prompts, Greedy(), 8)
+    for a, b in zip(found.tokens, expected.tokens, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_chain_applies_in_order():
+    logits = jnp.array([[0.0, 1.0, 3.0]])
+    chained = Chain(Temperature(0.5), Temperature(4.0))(logits)
+    np.testing.assert_allclose(chained, logits / 2)
+    assert hash(Chain(Greedy())) == hash(Chain(Greedy()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": [[]]}, r"prompts\[0\] is empty"),
+        ({"prompts": [[1, 999]]}, "token id 999"),
+        ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"prompts": ["a", "b"], "seed": [1]}, "seed has 1 entries for 2 prompts"),
+    ],
+)
+def test_bad_input_is_named(model, arguments, words):
+    with pytest.raises(InputError, match=words):
+        jaxalope.generate(model, **arguments)
+
+
+def test_temperature_must_be_positive():
+    with pytest.raises(InputError, match=r"temperature=0"):
+        Temperature(0)
