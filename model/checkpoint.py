@@ -91,6 +91,10 @@ class CheckpointStore:
         """The steps of all complete checkpoints, ascending."""
         return _steps(self.directory)
 
+    def has_any(self) -> bool:
+        """Whether there is a checkpoint at all, be it a damaged one."""
+        return bool(_steps(self.directory, complete=False))
+
     def save(
         self,
         step: int,
@@ -143,7 +147,7 @@ class CheckpointStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             with _context():
                 response = ocp.save_checkpointables_async(
-                    self.directory / str(step), {**flat, "documents": writer}
+                    self.directory / str(step), {**_filled(flat), "documents": writer}
                 )
         except Exception as error:
             raise self._failed(step, error) from error
@@ -383,6 +387,7 @@ def _read(at: epath.Path, trees: Mapping[str, Any]) -> Restored:
     for name, leaves in flat.items():
         _check_names(at, name, leaves, header["trees"])
     abstract = {n: {k: _placed(x) for k, x in leaves.items()} for n, leaves in flat.items()}
+    abstract = _filled(abstract)
     loaded = ocp.load_checkpointables(at, abstract) if abstract else {}
     return Restored(
         step=header["step"],
@@ -424,6 +429,11 @@ def _flatten(tree: Any) -> dict[str, Any]:
             raise ValueError(f"two leaves of one tree are both called {name!r}")
         flat[name] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
     return flat
+
+
+def _filled(trees: Mapping[str, dict]) -> dict[str, dict]:
+    """Orbax has no form for a tree without leaves; the caller's own structure says it all."""
+    return {name: leaves for name, leaves in trees.items() if leaves}
 
 
 def _key(entry: Any) -> str:

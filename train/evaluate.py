@@ -1,0 +1,70 @@
+"""Held-out evaluation during training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from ..configs.experiment import Experiment
+from ..data.pipeline import eval_batches
+from ..data.tokenizers import ByteTokenizer, Tokenizer
+from ..sharding import Params
+from .feed import Feed
+from .step import TrainState, make_eval_step, summarise
+
+Evaluate = Callable[[TrainState], dict[str, float]]
+
+
+def make_evaluation(
+    experiment: Experiment,
+    graphdef: nnx.GraphDef,
+    tokenizer: Tokenizer,
+    feed: Feed,
+    share: tuple[int, int],
+) -> Evaluate:
+    """A function from a state to its held-out numbers, on the same batches every time.
+
+    They are ``eval_loss`` and the objective's own metrics as means per token,
+    ``eval_perplexity``, ``eval_bits_per_byte`` where tokens are bytes, and all of them as
+    ``eval_ema_*`` for the average of the parameters, if there is one.
+
+    Args:
+        experiment: its settings.
+        graphdef: the module's structure.
+        tokenizer: the run's.
+        feed: puts batches on the devices.
+        share: which of how many blocks of rows this process reads.
+
+    Raises:
+        InputError: nothing is held out.
+    """
+    config, parts = experiment.data, experiment.train.accumulation
+    # As many rows at once as a microbatch has: what fits for training fits here.
+    rows = dataclasses.replace(config, batch_size=config.batch_size // parts, num_streams=None)
+    batches = list(eval_batches(rows, tokenizer, experiment.train.eval_batches * parts, *share))
+    eval_step = make_eval_step(experiment, graphdef)
+    in_bytes = isinstance(tokenizer, ByteTokenizer)
+
+    def measure(params: Params) -> dict[str, float]:
+        total = None
+        for batch in batches:
+            sums = eval_step(params, feed.put(batch))
+            total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
+        means = {k: float(v) for k, v in jax.device_get(summarise(total)).items() if k != "weight"}
+        nll = means.get("nll", means["loss"])
+        means["perplexity"] = math.exp(nll) if nll < 700 else math.inf
+        if in_bytes:
+            means["bits_per_byte"] = nll / math.log(2)
+        return means
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        numbers = {f"eval_{name}": value for name, value in measure(state.params).items()}
+        if state.ema is not None:
+            numbers |= {f"eval_ema_{name}": value for name, value in measure(state.ema).items()}
+        return numbers
+
+    return evaluate

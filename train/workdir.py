@@ -1,0 +1,134 @@
+"""The folder of a run: whose it is, and what lies in it beside checkpoints and metrics."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+from etils import epath
+
+from ..configs.experiment import Experiment, diff, experiment_from_dict, experiment_to_dict
+from ..data.tokenizers import Tokenizer, load_tokenizer
+from ..errors import InputError
+
+EXPERIMENT = "experiment.json"
+TOKENIZER = "tokenizer"
+
+# What may differ when a run goes on. None of it changes what the run computes, beyond rounding,
+# except a longer `train.steps`, which moves the end of the schedule. A name stands for itself and
+# everything below it.
+MAY_CHANGE = (
+    "train.steps",  # upward only
+    "train.accumulation",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.profile_steps",
+    "checkpoint",
+    "mesh",
+    "rules",
+    "data.prefetch_batches",
+    "data.read_threads",
+    "objective.max_logits",
+    "model.remat",
+)
+
+
+def open_workdir(
+    workdir: epath.PathLike, experiment: Experiment
+) -> tuple[epath.Path, Tokenizer, list[str]]:
+    """Make the folder this experiment's, or see that it is.
+
+    Writes ``experiment.json`` and ``tokenizer/``. A folder that has a tokenizer keeps it: the run
+    goes on with the very one it began with.
+
+    Returns:
+        ``(folder, tokenizer, changes)``; ``changes`` are the fields that differ from the last run.
+
+    Raises:
+        InputError: it belongs to another experiment; names every field that differs.
+    """
+    workdir = epath.Path(workdir)
+    changes = _check_owner(workdir, experiment)
+    saved = workdir / TOKENIZER
+    try:
+        tokenizer = load_tokenizer(saved if saved.exists() else experiment.data.tokenizer)
+        check_vocabulary(experiment, tokenizer)
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if not saved.exists():
+                _save_tokenizer(tokenizer, saved)
+            _replace(workdir / EXPERIMENT, json.dumps(experiment_to_dict(experiment), indent=1))
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"workdir={str(workdir)!r} cannot be used as a folder: {error}") from error
+    return workdir, tokenizer, changes
+
+
+def check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
+    """Raise an :class:`InputError` if the tokenizer has ids that the model has no row for."""
+    rows = experiment.model.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"data.tokenizer={experiment.data.tokenizer!r} has {tokenizer.vocab_size} ids, and "
+            f"model.vocab_size={rows} has no room for them; set model.vocab_size="
+            f"{tokenizer.vocab_size} or more"
+        )
+
+
+def tokenizer_files(workdir: epath.Path) -> dict[str, bytes]:
+    """The tokenizer's files, by the path at which a checkpoint keeps a copy."""
+    return {f"{TOKENIZER}/{p.name}": p.read_bytes() for p in (workdir / TOKENIZER).iterdir()}
+
+
+def may_change(path: str) -> bool:
+    """Whether a run may go on with another value of this field."""
+    return any(path == name or path.startswith(f"{name}.") for name in MAY_CHANGE)
+
+
+def _check_owner(workdir: epath.Path, experiment: Experiment) -> list[str]:
+    path = workdir / EXPERIMENT
+    if not path.exists():
+        if (workdir / "checkpoints").exists():
+            raise InputError(
+                f"workdir={str(workdir)!r} has checkpoints but no {EXPERIMENT}; copy the one of a "
+                "checkpoint (checkpoints/<step>/documents/experiment.json) there, or use another "
+                "workdir"
+            )
+        return []
+    try:
+        before = experiment_from_dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise InputError(
+            f"{path} cannot be read ({error}); put back the copy that every checkpoint has "
+            "(checkpoints/<step>/documents/experiment.json), or use another workdir"
+        ) from error
+    changes = diff(before, experiment)
+    other = [change for change in changes if not may_change(_field(change))]
+    if experiment.train.steps < before.train.steps:
+        other += [change for change in changes if _field(change) == "train.steps"]
+    if other:
+        raise InputError(
+            f"workdir={str(workdir)!r} belongs to another experiment, which differs in "
+            f"{'; '.join(other)}. Use another workdir, or set these fields back"
+        )
+    return changes
+
+
+def _field(change: str) -> str:
+    return change.partition(":")[0]
+
+
+def _save_tokenizer(tokenizer: Any, directory: epath.Path) -> None:
+    # Whole or not at all: a folder that a kill left half written would be believed.
+    part = directory.parent / f"{directory.name}.part"
+    if part.exists():
+        part.rmtree()
+    tokenizer.save(part)
+    part.rename(directory)
+
+
+def _replace(path: epath.Path, text: str) -> None:
+    part = path.parent / f"{path.name}.part"
+    part.write_text(text + "\n")
+    part.replace(path)
