@@ -1,0 +1,173 @@
+"""The record of a run: appending, resuming without duplicates, the terminal, the picture."""
+
+import io
+import json
+import struct
+
+import jax
+import pytest
+
+from jaxalope.train import hardware, metrics
+from jaxalope.train.metrics import Console, MetricsWriter, Stopwatch, read_metrics
+from jaxalope.train.plots import loss_picture, write_loss_picture
+
+
+def write(workdir, start, stop):
+    writer = MetricsWriter(workdir, start)
+    for step in range(start + 1, stop + 1):
+        writer.write(step, {"loss": 10.0 / step, "tokens_per_second": 5.0})
+    writer.close()
+
+
+def test_a_resumed_run_has_every_step_once_and_no_torn_line(tmp_path):
+    write(tmp_path, 0, 8)
+    with (tmp_path / metrics.FILE).open("a") as file:
+        file.write('{"step": 9, "lo')  # killed in mid-line
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 9))
+    write(tmp_path, 5, 10)
+    text = (tmp_path / metrics.FILE).read_text()
+    assert [json.loads(line)["step"] for line in text.splitlines()] == list(range(1, 11))
+
+
+def test_a_fresh_run_clears_what_an_unsaved_one_left(tmp_path):
+    write(tmp_path, 0, 3)
+    write(tmp_path, 0, 1)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
+    writer.close()
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "lr": 0.5}]
+
+
+def test_an_object_store_gets_the_same_lines_without_appending(tmp_path, monkeypatch):
+    class Store:
+        """A path that can only be written whole."""
+
+        def __init__(self, path):
+            self.path = path
+
+        def __truediv__(self, name):
+            return Store(self.path / name)
+
+        def __str__(self):
+            return f"gs://bucket{self.path}"
+
+        def exists(self):
+            return self.path.exists()
+
+        def read_text(self):
+            return self.path.read_text()
+
+        def write_text(self, text):
+            self.path.write_text(text)
+
+    monkeypatch.setattr(metrics.epath, "Path", lambda p: p if isinstance(p, Store) else Store(p))
+    write(tmp_path, 0, 4)
+    write(tmp_path, 2, 3)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_tensorboard_gets_the_same_numbers_under_train_and_eval(tmp_path):
+    pb = pytest.importorskip("tensorboardX.proto.event_pb2")
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(3, {"loss": 2.0, "eval_loss": 4.0})
+    writer.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content, found, at = file.read_bytes(), {}, 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        event = pb.Event.FromString(content[at + 12 : at + 12 + length])
+        at += 12 + length + 4
+        found |= {v.tag: (event.step, v.simple_value) for v in event.summary.value}
+    assert found == {"train/loss": (3, 2.0), "eval/loss": (3, 4.0)}
+
+
+def test_console_prints_a_line_per_log_where_there_is_no_terminal():
+    stream = io.StringIO()
+    console = Console(100, 0, stream=stream)
+    console.advance(5)
+    console.log(5, {"loss": 1.5, "mfu": 0.25, "unknown": 1.0})
+    console.log_evaluation(5, {"eval_loss": 1.25, "eval_bits_per_byte": 1.8})
+    console.close()
+    assert stream.getvalue().splitlines() == [
+        "step   5/100  loss 1.5000  mfu 25.0%",
+        "step   5/100  held out: loss 1.2500  bits/byte 1.800",
+    ]
+
+
+def test_console_draws_a_bar_on_a_terminal_and_quiet_prints_nothing():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    console = Console(10, 4, stream=terminal)
+    console.advance(5)
+    console.log(5, {"loss": 1.5})
+    console.say("hello")
+    console.close()
+    assert "5/10" in terminal.getvalue() and "loss 1.5000" in terminal.getvalue()
+    assert "hello" in terminal.getvalue()
+    silent = Terminal()
+    console = Console(10, 0, quiet=True, stream=silent)
+    console.advance(1)
+    console.log(1, {"loss": 1.0})
+    console.close()
+    assert silent.getvalue() == ""
+
+
+def test_stopwatch_leaves_pauses_out(monkeypatch):
+    now = iter([0.0, 1.0, 100.0, 103.0, 103.0, 110.0, 110.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    watch = Stopwatch()
+    watch.start()
+    watch.pause()  # 1 s
+    watch.start()
+    assert watch.lap() == 1 + 3
+    assert watch.lap() == 7
+
+
+def test_the_picture_is_a_png_with_both_curves(tmp_path):
+    lines = [{"step": s, "loss": 5.0 / s} for s in range(1, 200)]
+    short = loss_picture(lines[:10], "toy")
+    held_out = [{"step": s, "eval_loss": 6.0 / s, "eval_ema_loss": 5.5 / s} for s in (50, 100)]
+    both = loss_picture(lines + held_out, "toy")
+    for png in (short, both):
+        assert png.startswith(b"\x89PNG")
+    assert short != both
+    write_loss_picture(tmp_path, "toy")
+    assert not (tmp_path / "loss.png").exists()  # nothing to draw
+    write(tmp_path, 0, 5)
+    write_loss_picture(tmp_path, "toy")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("Some GPU of 2031", None),
+    ],
+)
+def test_peak_by_device_kind(kind, peak):
+    assert hardware.peak_of_kind(kind) == peak
+
+
+def test_simulated_cpu_devices_share_one_measured_peak(monkeypatch):
+    assert 1e8 < measured() < 1e15
+    monkeypatch.setattr(hardware, "measured_matmul_flops", lambda device: 7.0)
+    assert hardware.peak_flops(jax.devices()) == hardware.peak_flops(jax.devices()[:1]) == 7.0
+
+
+def measured():
+    return hardware.measured_matmul_flops(jax.devices()[0], size=128, repeats=2)
