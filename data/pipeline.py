@@ -3,10 +3,10 @@
 A global batch is filled by V streams, fixed by the settings whatever the number of processes:
 stream v packs documents v, v + V, v + 2V, ... of every source's endless, per-epoch shuffled
 sequence of documents (dealt out like cards: so a corpus with fewer documents than streams works
-too, its next epochs are dealt to the streams that the first one did not reach), and fills rows v *
-R to (v + 1) * R - 1 of every batch, R = batch_size / V. A process owns a block of streams. Which
-source a row comes from depends on its number in the run. So nothing depends on how many processes
-there are, and the state of a run is that of its V streams.
+too, its next epochs are dealt to the streams that the first one did not reach), and fills the v-th
+of V equal blocks of rows in every batch. A process owns a block of streams. Which source a row
+comes from depends on its number in the run. So nothing depends on how many processes there are, and
+the state of a run is that of its V streams.
 """
 
 import collections
@@ -31,8 +31,7 @@ from .tokenizers import Tokenizer
 
 Batch = dict[str, Int32[np.ndarray, "B T"]]
 
-# Evaluation reads through a fixed number of streams, so that its rows depend on T and the corpus
-# only.
+# Evaluation always reads through this many, so that its rows depend on T and the corpus only.
 _EVAL_STREAMS = 16
 _REMEMBERED_STEPS = 64
 
