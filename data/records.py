@@ -10,7 +10,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -72,7 +72,7 @@ class JsonLines:
                 path = self._decompress(path)
             self._paths.append(path)
             ends = _line_ends(path)
-            starts = np.concatenate([[0], ends[:-1]])
+            starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
             spans.append(np.stack([starts, ends], 1))
             owners.append(np.full(len(ends), n, np.int32))
         self._spans = np.concatenate(spans)  # [lines, 2], bytes
@@ -87,12 +87,7 @@ class JsonLines:
                 if path.suffix == ".gz":
                     shutil.copyfileobj(gzip.GzipFile(fileobj=raw), out, _CHUNK)
                 else:
-                    import zstandard
-
-                    reader = zstandard.ZstdDecompressor().stream_reader(
-                        raw, read_across_frames=True
-                    )
-                    shutil.copyfileobj(reader, out, _CHUNK)
+                    _copy_zstd(raw, out)
         except ImportError as e:
             raise InputError(f"{path} needs `zstandard`: pip install 'jaxalope[data]'") from e
         except Exception as e:
@@ -116,6 +111,22 @@ class JsonLines:
         except json.JSONDecodeError as e:
             raise InputError(f"{name} is not JSON: {e}") from e
         return Document(name, _field_of(record, self._field, name))
+
+
+def _copy_zstd(raw: BinaryIO, out: BinaryIO) -> None:
+    """Decompresses all frames; unlike the library's own reader, a truncated one is an error."""
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor()
+    frame = decompressor.decompressobj()
+    while data := raw.read(_CHUNK):
+        while data:
+            if frame.eof:
+                frame = decompressor.decompressobj()
+            out.write(frame.decompress(data))
+            data = frame.unused_data
+    if not frame.eof:
+        raise EOFError("the last frame is not complete")
 
 
 def _line_ends(path: epath.Path) -> np.ndarray:

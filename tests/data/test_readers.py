@@ -202,6 +202,7 @@ def test_other_file_systems_are_read_through_epath(reader, name, tmp_path):
         ("a.jsonl", b"[1]", r"a\.jsonl:1 is a list"),
         ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: field 'text' holds int"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}' * 9)[:-9], r"a\.jsonl\.gz cannot be decom"),
+        ("a.jsonl.gz", gzip.compress(b""), "holds no record"),
         ("a.jsonl.zst", b"nonsense", r"a\.jsonl\.zst cannot be decompressed"),
         ("a.parquet", b"nonsense", r"a\.parquet is not a Parquet file"),
         ("a.arrayrecord", b"nonsense", "cannot be read as ArrayRecord"),
@@ -211,6 +212,14 @@ def test_bad_files_are_named_with_the_place(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         read(open_source(SourceConfig(path=str(tmp_path / name))))
+
+
+def test_a_truncated_zst_file_is_not_a_shorter_corpus(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    write_zst(path, TEXTS)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(InputError, match="cannot be decompressed .truncated"):
+        open_source(SourceConfig(path=str(path)))
 
 
 def test_utf8_errors_name_the_byte_of_the_file_not_of_the_piece(tmp_path):
