@@ -15,147 +15,22 @@ import itertools
 import json
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int32
 
 from ..errors import InputError
-from .config import DataConfig, SourceConfig
-from .documents import Source, Split
-from .packing import PackIterDataset, Row, Tokens
-from .readers import open_source
+from .config import DataConfig
+from .documents import Split
+from .packing import Row
 from .shuffle import shuffled
+from .streams import Batch, BatchDataset, open_sources, packed_rows, pad_id, source_of_rows, stack
 from .tokenizers import Tokenizer
-
-Batch = dict[str, Int32[np.ndarray, "B T"]]
 
 # Evaluation always reads through this many, so that its rows depend on T and the corpus only.
 _EVAL_STREAMS = 16
 _REMEMBERED_STEPS = 64
-
-
-def _sources(config: DataConfig, split: Split) -> list[tuple[SourceConfig, Source]]:
-    """The sources of a split, opened."""
-    if config.eval_sources:
-        chosen = config.eval_sources if split == "eval" else config.sources
-        return [(c, open_source(c)) for c in chosen]
-    return [(c, open_source(c, split, config.holdout_fraction)) for c in config.sources]
-
-
-def _encoder(config: DataConfig, tokenizer: Tokenizer):
-    """Document -> Tokens, with the tokens that begin and end a text; an empty text has none."""
-    if config.add_bos and tokenizer.bos_id is None:
-        raise InputError(
-            f"data: add_bos=True, but the tokenizer {config.tokenizer!r} has no BOS. "
-            "Set add_bos=False."
-        )
-    begin = [tokenizer.bos_id] if config.add_bos else []
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-
-    def encode(document):
-        ids = [*begin, *tokenizer.encode(document.text), *end] if document.text else []
-        return Tokens(document.name, np.array(ids, np.int32))
-
-    return encode
-
-
-def _rows(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    documents: grain.MapDataset,
-    stream: int,
-    num_streams: int,
-) -> grain.IterDataset:
-    """The packed rows of one stream of `documents`."""
-    tokens = documents[stream::num_streams].map(_encoder(config, tokenizer))
-    threads = config.read_threads
-    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    pad_id = 0 if tokenizer.pad_id is None else tokenizer.pad_id
-    return PackIterDataset(
-        tokens.to_iter_dataset(read), config.packing, config.sequence_length, pad_id
-    )
-
-
-def source_of_rows(weights: Sequence[float], rows: np.ndarray) -> np.ndarray:
-    """Which source each row of a run comes from.
-
-    The fractional parts of row * golden ratio are spread evenly over [0, 1) in any stretch of rows,
-    so every batch has nearly the exact mixture, and so has the run.
-
-    Args:
-      weights: share of every source, in any unit.
-      rows: row numbers in the run (step * batch_size + row), integers [n].
-
-    Returns:
-      Indices into `weights`, [n].
-    """
-    golden = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd: exact modulo 2**64.
-    # 53 bits fit a float64 exactly: rounding must not reach 1.
-    places = ((rows.astype(np.uint64) * golden) >> np.uint64(11)) / 2.0**53
-    ends = np.cumsum(weights)
-    return np.searchsorted(ends / ends[-1], places, side="right")
-
-
-class _Made(NamedTuple):
-    """A batch, and the pieces of documents that each of its rows holds."""
-
-    batch: Batch
-    pieces: tuple[tuple[tuple[str, int], ...], ...]
-
-
-def _stack(rows: Sequence[Row]) -> Batch:
-    names = ("tokens", "segment_ids", "positions")
-    return {name: np.stack([getattr(row, name) for row in rows]) for name in names}
-
-
-class _BatchIterator(grain.DatasetIterator):
-    """Assembles the rows that this process owns; its state is the step and that of each stream."""
-
-    def __init__(self, config: DataConfig, streams: dict[int, list[grain.DatasetIterator]]):
-        super().__init__([rows for sources in streams.values() for rows in sources])
-        self._config = config
-        self._streams = streams
-        self._step = 0
-
-    def __next__(self) -> _Made:
-        config = self._config
-        per_stream = config.batch_size // config.streams
-        numbers = self._step * config.batch_size + np.arange(config.batch_size)
-        chosen = source_of_rows([s.weight for s in config.sources], numbers)
-        rows = [
-            next(sources[chosen[r]])
-            for v, sources in self._streams.items()
-            for r in range(v * per_stream, (v + 1) * per_stream)
-        ]
-        self._step += 1
-        return _Made(_stack(rows), tuple(r.pieces for r in rows))
-
-    def get_state(self) -> dict[str, Any]:
-        return {
-            "step": self._step,
-            "streams": {str(v): [s.get_state() for s in ss] for v, ss in self._streams.items()},
-        }
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._step = state["step"]
-        for v, sources in self._streams.items():
-            for rows, saved in zip(sources, state["streams"][str(v)], strict=True):
-                rows.set_state(saved)
-
-
-class _BatchDataset(grain.IterDataset):
-    """`_BatchIterator` as a dataset, so that Grain's prefetch thread can stand behind it."""
-
-    def __init__(self, config: DataConfig, streams: dict[int, list[grain.IterDataset]]):
-        super().__init__([rows for sources in streams.values() for rows in sources])
-        self._config = config
-        self._streams = streams
-
-    def __iter__(self) -> _BatchIterator:
-        opened = {v: [rows.__iter__() for rows in ss] for v, ss in self._streams.items()}
-        return _BatchIterator(self._config, opened)
 
 
 class Pipeline:
@@ -196,7 +71,7 @@ class Pipeline:
             raise InputError(
                 f"data: process_index={process_index} is not one of the {process_count} processes."
             )
-        opened = _sources(config, split)
+        opened = open_sources(config, split)
         if split == "eval" and config.eval_sources:
             # From here on its sources are the ones that are read.
             config = dataclasses.replace(config, sources=config.eval_sources, eval_sources=())
@@ -224,11 +99,11 @@ class Pipeline:
             for (_, source), seed in zip(opened, seeds, strict=True)
         ]
         rows = {
-            v: [_rows(config, tokenizer, ds.repeat(), v, num_streams) for ds in documents]
+            v: [packed_rows(config, tokenizer, ds.repeat(), v, num_streams) for ds in documents]
             for v in self._streams
         }
         batches = grain.experimental.ThreadPrefetchIterDataset(
-            _BatchDataset(config, rows), prefetch_buffer_size=config.prefetch_batches
+            BatchDataset(config, rows), prefetch_buffer_size=config.prefetch_batches
         )
         iterator = iter(batches)
         self._state = iterator.get_state()
@@ -378,7 +253,7 @@ def eval_batches(
         raise InputError(
             f"data: {process_count} processes cannot share batch_size={config.batch_size} evenly."
         )
-    opened = _sources(config, "eval")
+    opened = open_sources(config, "eval")
     return _eval_batches(config, tokenizer, opened, num_batches, process_index, process_count)
 
 
@@ -387,7 +262,7 @@ def _eval_batches(config, tokenizer, opened, num_batches, process_index, process
     mine = slice(process_index * share, (process_index + 1) * share)
     rows = _eval_rows(config, tokenizer, opened)
     length = config.sequence_length
-    blank = np.full(length, 0 if tokenizer.pad_id is None else tokenizer.pad_id, np.int32)
+    blank = np.full(length, pad_id(tokenizer), np.int32)
     zeros = np.zeros(length, np.int32)
     made = 0
     # Every process packs all rows and keeps its own: held-out sets are small, and so all of them
@@ -399,7 +274,7 @@ def _eval_batches(config, tokenizer, opened, num_batches, process_index, process
         if not batch:
             return
         batch += [Row(blank, zeros, zeros, ())] * (config.batch_size - len(batch))
-        yield _stack(batch[mine])
+        yield stack(batch[mine])
         made += 1
 
 
@@ -407,7 +282,7 @@ def _eval_rows(config, tokenizer, opened) -> Iterator[Row]:
     """The rows of all sources, mixed by weight while they last; streams of a source take turns."""
     turns = [
         collections.deque(
-            iter(_rows(config, tokenizer, grain.MapDataset.source(source), v, _EVAL_STREAMS))
+            iter(packed_rows(config, tokenizer, grain.MapDataset.source(source), v, _EVAL_STREAMS))
             for v in range(min(_EVAL_STREAMS, len(source)))
         )
         for _, source in opened

@@ -9,9 +9,10 @@ import threading
 import numpy as np
 import pytest
 
-from jaxalope.data import pipeline as lib
+from jaxalope.data import streams
 from jaxalope.data.config import DataConfig, SourceConfig
-from jaxalope.data.pipeline import Pipeline, eval_batches, merge_states, source_of_rows
+from jaxalope.data.pipeline import Pipeline, eval_batches, merge_states
+from jaxalope.data.streams import source_of_rows
 from jaxalope.data.tokenizers import ByteTokenizer
 from jaxalope.errors import InputError
 
@@ -357,7 +358,7 @@ def test_evaluation_without_text(tmp_path, config):
 
 def test_the_default_corpus_starts_at_once(monkeypatch):
     read = []
-    original = lib.open_source
+    original = streams.open_source
 
     def counted(*args):
         source = original(*args)
@@ -371,7 +372,7 @@ def test_the_default_corpus_starts_at_once(monkeypatch):
         source.__class__ = Counted
         return source
 
-    monkeypatch.setattr(lib, "open_source", counted)
+    monkeypatch.setattr(streams, "open_source", counted)
     config = DataConfig(sequence_length=256, batch_size=8, prefetch_batches=0)
     with Pipeline(config, TOKENIZER) as pipeline:
         assert not read

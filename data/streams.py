@@ -1,0 +1,148 @@
+"""From sources to rows, and from the rows of many streams to batches.
+
+A stream reads its share of the documents of every source and packs it. Which source a row comes
+from depends on the row's number in the run alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int32
+
+from ..errors import InputError
+from .config import DataConfig, SourceConfig
+from .documents import Document, Source, Split
+from .packing import PackIterDataset, Row, Tokens
+from .readers import open_source
+from .tokenizers import Tokenizer
+
+Batch = dict[str, Int32[np.ndarray, "B T"]]
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """What padding holds: the tokenizer's own id for it, or 0."""
+    return 0 if tokenizer.pad_id is None else tokenizer.pad_id
+
+
+def open_sources(config: DataConfig, split: Split) -> list[tuple[SourceConfig, Source]]:
+    """The sources of a split, opened."""
+    if config.eval_sources:
+        chosen = config.eval_sources if split == "eval" else config.sources
+        return [(c, open_source(c)) for c in chosen]
+    return [(c, open_source(c, split, config.holdout_fraction)) for c in config.sources]
+
+
+def encoder(config: DataConfig, tokenizer: Tokenizer) -> Callable[[Document], Tokens]:
+    """Document -> Tokens, with the tokens that begin and end a text; an empty text has none."""
+    if config.add_bos and tokenizer.bos_id is None:
+        raise InputError(
+            f"data: add_bos=True, but the tokenizer {config.tokenizer!r} has no BOS. "
+            "Set add_bos=False."
+        )
+    begin = [tokenizer.bos_id] if config.add_bos else []
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
+    def encode(document):
+        ids = [*begin, *tokenizer.encode(document.text), *end] if document.text else []
+        return Tokens(document.name, np.array(ids, np.int32))
+
+    return encode
+
+
+def packed_rows(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    documents: grain.MapDataset,
+    stream: int,
+    num_streams: int,
+) -> grain.IterDataset:
+    """The packed rows of one stream of `documents`."""
+    tokens = documents[stream::num_streams].map(encoder(config, tokenizer))
+    threads = config.read_threads
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return PackIterDataset(
+        tokens.to_iter_dataset(read), config.packing, config.sequence_length, pad_id(tokenizer)
+    )
+
+
+def source_of_rows(weights: Sequence[float], rows: np.ndarray) -> np.ndarray:
+    """Which source each row of a run comes from.
+
+    The fractional parts of row * golden ratio are spread evenly over [0, 1) in any stretch of rows,
+    so every batch has nearly the exact mixture, and so has the run.
+
+    Args:
+      weights: share of every source, in any unit.
+      rows: row numbers in the run (step * batch_size + row), integers [n].
+
+    Returns:
+      Indices into `weights`, [n].
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd: exact modulo 2**64.
+    # 53 bits fit a float64 exactly: rounding must not reach 1.
+    places = ((rows.astype(np.uint64) * golden) >> np.uint64(11)) / 2.0**53
+    ends = np.cumsum(weights)
+    return np.searchsorted(ends / ends[-1], places, side="right")
+
+
+class Made(NamedTuple):
+    """A batch, and the pieces of documents that each of its rows holds."""
+
+    batch: Batch
+    pieces: tuple[tuple[tuple[str, int], ...], ...]
+
+
+def stack(rows: Sequence[Row]) -> Batch:
+    """Rows to a batch."""
+    names = ("tokens", "segment_ids", "positions")
+    return {name: np.stack([getattr(row, name) for row in rows]) for name in names}
+
+
+class _BatchIterator(grain.DatasetIterator):
+    """Assembles the rows that this process owns; its state is the step and that of each stream."""
+
+    def __init__(self, config: DataConfig, streams: dict[int, list[grain.DatasetIterator]]):
+        super().__init__([rows for sources in streams.values() for rows in sources])
+        self._config = config
+        self._streams = streams
+        self._step = 0
+
+    def __next__(self) -> Made:
+        config = self._config
+        per_stream = config.batch_size // config.streams
+        numbers = self._step * config.batch_size + np.arange(config.batch_size)
+        chosen = source_of_rows([s.weight for s in config.sources], numbers)
+        rows = [
+            next(sources[chosen[r]])
+            for v, sources in self._streams.items()
+            for r in range(v * per_stream, (v + 1) * per_stream)
+        ]
+        self._step += 1
+        return Made(stack(rows), tuple(r.pieces for r in rows))
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "step": self._step,
+            "streams": {str(v): [s.get_state() for s in ss] for v, ss in self._streams.items()},
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        for v, sources in self._streams.items():
+            for rows, saved in zip(sources, state["streams"][str(v)], strict=True):
+                rows.set_state(saved)
+
+
+class BatchDataset(grain.IterDataset):
+    """The batches of a process as a dataset, for Grain's prefetch thread to stand behind."""
+
+    def __init__(self, config: DataConfig, streams: dict[int, list[grain.IterDataset]]):
+        super().__init__([rows for sources in streams.values() for rows in sources])
+        self._config = config
+        self._streams = streams
+
+    def __iter__(self) -> _BatchIterator:
+        opened = {v: [rows.__iter__() for rows in ss] for v, ss in self._streams.items()}
+        return _BatchIterator(self._config, opened)
