@@ -1,0 +1,38 @@
+"""Floor 3: what a run is: settings, ``--set``, named experiments."""
+
+from .experiment import (
+    WSD,
+    AdamW,
+    CheckpointConfig,
+    Constant,
+    Cosine,
+    Experiment,
+    Linear,
+    Muon,
+    NextToken,
+    TrainConfig,
+    diff,
+    experiment_from_dict,
+    experiment_to_dict,
+)
+from .overlay import overlay
+from .registry import EXPERIMENTS, get_experiment
+
+__all__ = [
+    "EXPERIMENTS",
+    "WSD",
+    "AdamW",
+    "CheckpointConfig",
+    "Constant",
+    "Cosine",
+    "Experiment",
+    "Linear",
+    "Muon",
+    "NextToken",
+    "TrainConfig",
+    "diff",
+    "experiment_from_dict",
+    "experiment_to_dict",
+    "get_experiment",
+    "overlay",
+]

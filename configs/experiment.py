@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from ..data.config import DataConfig
 from ..errors import InputError
+from ..model.registry import config_from_dict, config_to_dict
 from ..sharding import AxisRules, MeshConfig
 from . import fields
 
@@ -378,8 +379,6 @@ class Experiment:
 
 def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
     """The experiment as JSON values; the model carries its family, a union its kind."""
-    from ..model.registry import config_to_dict
-
     values = fields.to_json(dataclasses.replace(experiment, model=None))
     return values | {"model": config_to_dict(experiment.model)}
 
@@ -390,8 +389,6 @@ def experiment_from_dict(values: dict[str, Any]) -> Experiment:
     Raises:
         InputError: an unknown field, or a value of the wrong type; names the field.
     """
-    from ..model.registry import config_from_dict
-
     if not isinstance(values, dict) or "model" not in values:
         raise InputError("an experiment is a JSON object with a `model`; this one has none")
     experiment = fields.from_json(values | {"model": None}, Experiment, "")

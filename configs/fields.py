@@ -48,6 +48,8 @@ def describe(hint: Any) -> str:
         origin = typing.get_origin(t)
         if t is type(None):
             words.append("none")
+        elif t is bool:
+            words.append("true or false")
         elif dataclasses.is_dataclass(t):
             words.append(getattr(t, "kind", t.__name__))
         elif origin is tuple:

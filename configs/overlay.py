@@ -56,9 +56,9 @@ def paths(value: Any, prefix: str = "") -> Iterator[str]:
 
 def _apply(value: Any, change: _Change, hint: Any, path: str, root: Any) -> Any:
     if change.text is not None:
-        if hint is Any:
+        if hint is Any or _has_only_fields(hint):
             raise InputError(
-                f"--set {path}={change.text}: set its fields one by one (as {path}.name=value), or "
+                f"--set {path}={change.text}: set its fields one by one, as {path}.field=value, or "
                 "start from another experiment"
             )
         value = fields.from_text(change.text, hint, path, current=value)
@@ -80,6 +80,13 @@ def _apply(value: Any, change: _Change, hint: Any, path: str, root: Any) -> Any:
         for name, below in change.below.items()
     }
     return dataclasses.replace(value, **changed)
+
+
+def _has_only_fields(hint: Any) -> bool:
+    """Whether this is a group of settings that no single text can stand for."""
+    if not dataclasses.is_dataclass(hint) or hasattr(hint, "kind"):
+        return False
+    return next(iter(fields.field_types(hint).values())) is not str
 
 
 def _apply_to_tuple(value: tuple, change: _Change, hint: Any, path: str, root: Any) -> tuple:

@@ -1,0 +1,74 @@
+"""Experiments by name, or from a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+
+from etils import epath
+
+from ..errors import InputError
+from . import fields, kimi_linear
+from .experiment import Experiment, experiment_from_dict
+
+# Every named experiment is a function without arguments, listed here under its own name.
+EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
+    function.__name__: function
+    for function in (
+        kimi_linear.tiny,
+        kimi_linear.demo,
+        kimi_linear.kimi_linear_653m,
+        kimi_linear.kimi_linear_878m,
+        kimi_linear.kimi_linear_1b1,
+        kimi_linear.kimi_linear_1b4,
+        kimi_linear.kimi_linear_1b7,
+        kimi_linear.kimi_linear_48b,
+    )
+}
+
+
+def get_experiment(name_or_file: str) -> Experiment:
+    """The experiment of this name, or of a file.
+
+    A ``.py`` is executed and defines ``experiment()``; a ``.json`` is what a run writes into its
+    workdir (``experiment_to_dict``).
+
+    Raises:
+        InputError: an unknown name (the nearest is suggested), or a file that holds no experiment.
+    """
+    if name_or_file.endswith((".py", ".json")):
+        path = epath.Path(name_or_file)
+        if not path.exists():
+            raise InputError(f"config={name_or_file!r}: there is no such file")
+        return _from_json(path) if path.suffix == ".json" else _from_python(path)
+    if name_or_file not in EXPERIMENTS:
+        near = fields.nearest(name_or_file, EXPERIMENTS)
+        raise InputError(
+            f"config={name_or_file!r} is no experiment{near} (known: {', '.join(EXPERIMENTS)}; or "
+            "the path of a .py with a function `experiment`, or of a .json)"
+        )
+    return EXPERIMENTS[name_or_file]()
+
+
+def _from_json(path: epath.Path) -> Experiment:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as e:
+        raise InputError(f"config={path}: not JSON ({e})") from e
+    return experiment_from_dict(values)
+
+
+def _from_python(path: epath.Path) -> Experiment:
+    spec = importlib.util.spec_from_file_location(f"experiment_file_{path.stem}", str(path))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    build = getattr(module, "experiment", None)
+    if not callable(build):
+        raise InputError(f"config={path}: it defines no function `experiment()`")
+    experiment = build()
+    if not isinstance(experiment, Experiment):
+        raise InputError(
+            f"config={path}: experiment() returned a {type(experiment).__name__}, not an Experiment"
+        )
+    return experiment
