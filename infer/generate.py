@@ -121,11 +121,10 @@ def _token_rows(model: Model, prompts) -> list[Sequence[int]]:
             if tokenizer is None:
                 raise InputError("this model has no tokenizer; give prompts as token ids")
             prompt = tokenizer.encode(prompt)
-            if tokenizer.bos_id is not None:
-                prompt = [tokenizer.bos_id, *prompt]
-            elif not prompt and tokenizer.eos_id is not None:
-                # Documents follow an end-of-sequence token in training, so it can begin one.
-                prompt = [tokenizer.eos_id]
+            begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+            # A model that never saw a begin token still needs something to begin an empty text.
+            if begin is not None and (model.add_bos or not prompt):
+                prompt = [begin, *prompt]
         if not len(prompt):
             raise InputError(
                 f"prompts[{i}] is empty and the model has no token to begin with; give it text"

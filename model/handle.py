@@ -27,6 +27,7 @@ class Model:
         tokenizer: that its text goes through; None for models without text.
         mesh: the devices its parameters lie on; None is one device.
         rules: that laid them out there.
+        add_bos: whether a text begins with the tokenizer's begin-of-sequence token, as in training.
     """
 
     config: Any
@@ -35,6 +36,7 @@ class Model:
     tokenizer: Any = None
     mesh: Mesh | None = None
     rules: AxisRules = dataclasses.field(default_factory=AxisRules)
+    add_bos: bool = False
 
     def module(self) -> nnx.Module:
         """The ``nnx.Module`` itself, for surgery or for use inside another jitted function."""

@@ -249,7 +249,7 @@ class KimiLinearConfig:
     def demo(cls) -> KimiLinearConfig:
         """A byte-level model of some 3M parameters that learns on two CPU cores in minutes."""
         return cls(
-            vocab_size=259,
+            vocab_size=320,
             hidden_size=192,
             num_layers=6,
             kda_layers=(1, 2, 3, 5, 6),
@@ -272,7 +272,7 @@ class KimiLinearConfig:
     def tiny(cls) -> KimiLinearConfig:
         """For tests: every kind of layer, a repeated group and an irregular tail, all small."""
         return cls(
-            vocab_size=259,
+            vocab_size=320,
             hidden_size=32,
             num_layers=6,
             kda_layers=(1, 2, 4, 6),

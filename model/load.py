@@ -51,7 +51,8 @@ def load(
         shapes = _placed(shapes, shardings(shapes, axes, mesh, rules))
     params = restore_params(path, shapes, step=step, ema=ema)
     tokenizer = load_tokenizer(document_dir(path, step) / "tokenizer")
-    return Model(config, graphdef, params, tokenizer, mesh, rules)
+    add_bos = experiment["data"].get("add_bos", False)
+    return Model(config, graphdef, params, tokenizer, mesh, rules, add_bos)
 
 
 def _placed(shapes: Any, places: Any) -> Any:

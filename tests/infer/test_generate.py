@@ -28,8 +28,7 @@ def model():
 
 
 def row(model, prompt):
-    tokenizer = model.tokenizer
-    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(prompt)]
+    return model.tokenizer.encode(prompt)
 
 
 def full_logits(model, prompt, new):
@@ -61,6 +60,16 @@ def test_batched_equals_single(model):
 def test_seeds_matter(model):
     texts = {jaxalope.generate(model, "x", Temperature(1.0), 20, seed=s).text[0] for s in range(4)}
     assert len(texts) == 4
+
+
+def test_begin_token(model):
+    """An empty prompt begins with it; others do where training did so."""
+    tokens = [model.tokenizer.bos_id]
+    expected = jaxalope.generate(model, [tokens], Greedy(), 4)
+    assert jaxalope.generate(model, "", Greedy(), 4).text == expected.text
+    begun = dataclasses.replace(model, add_bos=True)
+    expected = jaxalope.generate(model, [[*tokens, *b"ab"]], Greedy(), 4)
+    assert jaxalope.generate(begun, "ab", Greedy(), 4).text == expected.text
 
 
 def test_stop_token_ends_its_row_only(model):

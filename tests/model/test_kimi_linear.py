@@ -345,5 +345,5 @@ class TestConfig:
             init_params(lambda key: build_model(TINY, key), jax.random.key(0), mesh)
 
     def test_token_outside_the_vocabulary_is_named(self, tiny):
-        with pytest.raises(InputError, match=r"token id 259 at \(0, 1\)"):
-            tiny(np.array([[0, 259]]))
+        with pytest.raises(InputError, match=r"token id 320 at \(0, 1\)"):
+            tiny(np.array([[0, 320]]))
