@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from .metrics import read_metrics
@@ -68,13 +69,7 @@ def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], li
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
-    """An exponential average over about a fiftieth of the curve, without a start-up bias."""
-    decay = 1 - 1 / max(2.0, len(values) / 50)
-    average = weight = 0.0
-    smoothed = []
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        smoothed.append(average / weight)
-    return smoothed
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """The mean over about a fiftieth of the curve around each point: it does not lag behind."""
+    window = np.ones(max(3, len(values) // 50))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

@@ -1,0 +1,88 @@
+"""What a run would need, without running it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ..configs.experiment import Experiment
+from .step import abstract_state, batch_sharding, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Sizes of one run; bytes are those of one device.
+
+    Attributes:
+        parameters: numbers in the model, over all devices.
+        params, optimizer, ema: bytes of the training state.
+        step: bytes that the compiled train step needs at once: the state, a batch, gradients and
+            activations, as the compiler of this machine's platform lays them out.
+    """
+
+    parameters: int
+    params: int
+    optimizer: int
+    ema: int
+    step: int
+
+    def __str__(self) -> str:
+        def row(name: str, size: int) -> str:
+            return f"{name:<34}{_human(size):>12}"
+
+        rows = [
+            f"{'parameters':<34}{self.parameters:>12,}",
+            row("parameters, a device", self.params),
+        ]
+        rows.append(row("optimizer state, a device", self.optimizer))
+        if self.ema:
+            rows.append(row("average of parameters, a device", self.ema))
+        return "\n".join([*rows, row("a whole train step, a device", self.step)])
+
+
+def estimate(experiment: Experiment, mesh: Mesh | None) -> Estimate:
+    """Sizes of ``experiment`` on ``mesh`` (one device if None); compiles the step, runs nothing.
+
+    Call it inside ``use_mesh(mesh, experiment.rules)`` where there is a mesh.
+
+    Raises:
+        InputError: the experiment does not fit the mesh.
+    """
+    graphdef, state = abstract_state(experiment, mesh)
+    shape = (experiment.data.batch_size, experiment.data.sequence_length)
+    place = None if mesh is None else batch_sharding(experiment, mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
+        for name in ("tokens", "segment_ids", "positions")
+    }
+    compiled = make_train_step(experiment, graphdef).lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    return Estimate(
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
+        params=_bytes_a_device(state.params),
+        optimizer=_bytes_a_device(state.opt_state),
+        ema=_bytes_a_device(state.ema),
+        step=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+    )
+
+
+def _bytes_a_device(tree: Any) -> int:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
