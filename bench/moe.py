@@ -1,0 +1,147 @@
+"""Routed experts, forward and forward+backward: ``blocked``, ``ragged_dot`` and every expert.
+
+    python bench/moe.py --output=bench/results/moe.jsonl
+
+The forms run in turns on the same inputs; a ratio is taken within a turn, and reported as the
+median of the turns with their 10th and 90th percentile. ``matmul`` is one plain dense layer of the
+arithmetic that the chosen experts need: the floor. Other
+load on the machine hardly counts in process time, which is of all threads.
+"""
+
+import datetime
+import functools
+import json
+import os
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from jaxalope.layers.ops.grouped_matmul import grouped_swiglu
+from jaxalope.layers.ops.grouped_matmul.shapes import SHAPES
+
+_SHAPE = flags.DEFINE_enum("shape", "kimi_8m", sorted(SHAPES), "Widths and numbers of experts.")
+_TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens; each makes top_k rows.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of rows and weights.")
+_TURNS = flags.DEFINE_integer("turns", 20, "Measurements of each form.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JSON lines.")
+
+
+def every_expert(x, gate, up, down, sizes):
+    """What a mixture without sorting does: all experts on all rows, then a selection."""
+    hidden = jax.nn.silu(jnp.einsum("md,edf->emf", x, gate)) * jnp.einsum("md,edf->emf", x, up)
+    ends = jnp.cumsum(sizes)
+    row = jnp.arange(x.shape[0])[:, None]
+    owner = (row >= ends - sizes) & (row < ends)
+    return jnp.einsum("emf,efd->md", jnp.where(owner.T[:, :, None], hidden, 0), down)
+
+
+def matmul(x, gate, up, down, sizes):
+    """The first expert on every row."""
+    return (jax.nn.silu(x @ gate[0]) * (x @ up[0])) @ down[0]
+
+
+FORMS = {
+    "blocked": functools.partial(grouped_swiglu, implementation="blocked"),
+    "ragged_dot": functools.partial(grouped_swiglu, implementation="xla"),
+    "every expert": every_expert,
+    "matmul": matmul,
+}
+
+
+def sizes_of(load: str, num_rows: int, num_experts: int) -> np.ndarray:
+    """Rows of each expert: drawn evenly, drawn from a skewed distribution, or all of one."""
+    rng = np.random.default_rng(0)
+    if load == "one expert":
+        return num_rows * np.eye(num_experts, dtype=int)[num_experts // 2]
+    p = rng.dirichlet([2.0] * num_experts) if load == "skewed" else None
+    return np.bincount(rng.choice(num_experts, num_rows, p=p), minlength=num_experts)
+
+
+def measure(functions: dict, args: tuple, turns: int) -> dict[str, np.ndarray]:
+    """``{name: [turns, 2]}``: wall and process seconds of every function in every turn."""
+    for fn in functions.values():
+        jax.block_until_ready(fn(*args))
+    times = {name: [] for name in functions}
+    for _ in range(turns):
+        for name, fn in functions.items():
+            wall, process = time.perf_counter(), time.process_time()
+            jax.block_until_ready(fn(*args))
+            times[name].append((time.perf_counter() - wall, time.process_time() - process))
+    return {name: np.asarray(t) for name, t in times.items()}
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    s = SHAPES[_SHAPE.value]
+    num_rows = _TOKENS.value * s.top_k
+    keys = jax.random.split(jax.random.key(0), 5)
+    wide = (s.num_experts, s.features, s.hidden_features)
+    narrow = (s.num_experts, s.hidden_features, s.features)
+    x, dy, gate, up, down = (
+        (jax.random.normal(key, shape) / np.sqrt(shape[-2] if len(shape) == 3 else 1)).astype(
+            _DTYPE.value
+        )
+        for key, shape in zip(
+            keys, [(num_rows, s.features)] * 2 + [wide, wide, narrow], strict=True
+        )
+    )
+    forward_flops = 6 * num_rows * s.features * s.hidden_features
+    facts = {
+        "shape": _SHAPE.value,
+        "tokens": _TOKENS.value,
+        "dtype": _DTYPE.value,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    print(" ".join(f"{k}={v}" for k, v in facts.items()))
+    print(
+        "\n| load | pass | form | ms (min) | process ms (min) | active GFLOP/s | of matmul's time |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for load in ("even", "skewed", "one expert"):
+        sizes = jnp.asarray(sizes_of(load, num_rows, s.num_experts), jnp.int32)
+
+        def forward_only(fn, sizes=sizes):
+            return jax.jit(lambda *args: fn(*args, sizes))
+
+        def with_backward(fn, sizes=sizes):
+            def step(*args):
+                y, pull = jax.vjp(lambda *a: fn(*a, sizes), *args)
+                return y, pull(dy)  # without y, the compiler would drop a part of the forward pass
+
+            return jax.jit(step)
+
+        passes = {
+            "forward": {n: forward_only(f) for n, f in FORMS.items()},
+            "forward+backward": {n: with_backward(f) for n, f in FORMS.items()},
+        }
+        for name, functions in passes.items():
+            times = measure(functions, (x, gate, up, down), _TURNS.value)
+            flops = forward_flops * (1 if name == "forward" else 3)
+            for form, seconds in times.items():
+                wall, process = seconds.min(0) * 1e3
+                ratio = np.percentile(seconds[:, 0] / times["matmul"][:, 0], [10, 50, 90])
+                print(
+                    f"| {load} | {name} | {form} | {wall:.2f} | {process:.2f} "
+                    f"| {flops / wall / 1e6:.0f} "
+                    f"| {ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f}) |",
+                    flush=True,
+                )
+                row = {"load": load, "pass": name, "form": form, "flops": flops}
+                row |= {"wall_s": seconds[:, 0].tolist(), "process_s": seconds[:, 1].tolist()}
+                rows.append(facts | row)
+    if _OUTPUT.value:
+        with open(_OUTPUT.value, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    app.run(main)

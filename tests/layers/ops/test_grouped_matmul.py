@@ -1,0 +1,178 @@
+"""Grouped products: every form against the dense oracle, whatever the sizes of the groups."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalope import InputError
+from jaxalope.layers.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, grouped_swiglu
+from jaxalope.layers.ops.grouped_matmul.blocked import BLOCK
+from jaxalope.layers.ops.grouped_matmul.shapes import SHAPES
+
+D, F = 12, 10
+
+# Rows, then the size of each group.
+SIZES = {
+    "balanced": (40, [10, 10, 10, 10]),
+    "uneven": (40, [3, 17, 0, 20]),
+    "first and last empty": (40, [0, 25, 15, 0]),
+    "all in one": (40, [0, 0, 40, 0]),
+    "all in the last": (40, [0, 0, 0, 40]),
+    "rows past the last group": (40, [4, 9, 1, 6]),
+    "no rows at all": (40, [0, 0, 0, 0]),
+    "fewer rows than groups": (3, [1, 0, 1, 1]),
+    "one row in a group": (3, [0, 1, 0, 0]),
+    "one group": (21, [20]),
+    "a turn of the loop that would overrun": (4 * BLOCK, [BLOCK + 60, 3, 2, 2 * BLOCK - 1]),
+    "several turns": (4 * BLOCK, [5, 3 * BLOCK + 7, 0, 50]),
+}
+
+
+def problem(num_rows, sizes, dtype=jnp.float32, seed=0):
+    """Random rows, gate, up and down weights, the sizes, and a cotangent of the rows' width."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    num_groups = len(sizes)
+    shapes = [(num_rows, D), (num_groups, D, F), (num_groups, D, F), (num_groups, F, D)]
+    arrays = [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=False)]
+    return *arrays, jnp.asarray(sizes, jnp.int32), jax.random.normal(keys[4], (num_rows, D))
+
+
+def value_and_gradients(fn, dy, *args):
+    y, pull = jax.vjp(fn, *args)
+    return y, *pull(dy.astype(y.dtype))
+
+
+def close(actual, expected, relative):
+    for a, b in zip(actual, expected, strict=True):
+        b = np.asarray(b, np.float32)
+        scale = max(np.abs(b).max(), 1e-3)
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=0, atol=relative * scale)
+
+
+@functools.cache
+def matmul_and_gradients(implementation):
+    """One jitted function a form, so that cases of one shape share its compilation."""
+
+    def run(x, w, sizes, dy):
+        return value_and_gradients(
+            lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation), dy, x, w
+        )
+
+    return jax.jit(run)
+
+
+@functools.cache
+def swiglu_and_gradients(implementation):
+    def run(x, gate, up, down, sizes, dy):
+        return value_and_gradients(
+            lambda *a: grouped_swiglu(*a, sizes, implementation=implementation),
+            dy, x, gate, up, down,
+        )  # fmt: skip
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+@pytest.mark.parametrize("case", SIZES)
+def test_matmul_is_the_oracle(case, implementation):
+    x, gate, _, _, sizes, _ = problem(*SIZES[case])
+    args = (x, gate, sizes, jax.random.normal(jax.random.key(9), (x.shape[0], F)))
+    actual = matmul_and_gradients(implementation)(*args)
+    close(actual, matmul_and_gradients("reference")(*args), 1e-5)
+    past = int(sizes.sum())
+    assert not np.any(actual[0][past:]) and not np.any(actual[1][past:])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+@pytest.mark.parametrize("case", SIZES)
+def test_swiglu_is_the_oracle(case, implementation):
+    args = problem(*SIZES[case])
+    actual = swiglu_and_gradients(implementation)(*args)
+    close(actual, swiglu_and_gradients("reference")(*args), 1e-5)
+    past = int(args[4].sum())
+    assert not np.any(actual[0][past:]) and not np.any(actual[1][past:])
+
+
+def test_default_is_differentiable():
+    args = problem(*SIZES["uneven"])
+    close(swiglu_and_gradients(None)(*args), swiglu_and_gradients("reference")(*args), 1e-5)
+
+
+def test_oracle_is_a_loop_over_rows():
+    x, gate, _, _, sizes, _ = problem(*SIZES["rows past the last group"])
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    expected = np.zeros((x.shape[0], F), np.float32)
+    for row, owner in enumerate(owners):
+        expected[row] = np.asarray(x[row]) @ np.asarray(gate[owner])
+    actual = grouped_matmul(x, gate, sizes, implementation="reference")
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+def test_bfloat16_accumulates_in_float32(implementation):
+    """Each of the three products may round its operands and its result, and nothing in between."""
+    args = problem(200, [20, 130, 0, 50], jnp.bfloat16)
+    actual = swiglu_and_gradients(implementation)(*args)
+    assert {a.dtype for a in actual} == {jnp.dtype("bfloat16")}
+    x, gate, up, down, sizes, dy = args
+    wide = (a.astype(jnp.float32) for a in (x, gate, up, down))
+    for a, b in zip(actual, swiglu_and_gradients("reference")(*wide, sizes, dy), strict=True):
+        error = np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b)
+        assert error < 8e-3, error
+
+
+def test_sums_of_many_bfloat16_rows_do_not_stall():
+    """A weight gradient over 2,048 equal rows: bfloat16 partial sums would stop at 256."""
+    x, w = jnp.ones((2048, 4), jnp.bfloat16), jnp.ones((2, 4, 4), jnp.bfloat16)
+    sizes = jnp.asarray([2048, 0], jnp.int32)
+    for implementation in ("xla", "blocked"):
+        gradient = jax.grad(
+            lambda w, i=implementation: (
+                grouped_matmul(x, w, sizes, implementation=i).astype(jnp.float32).sum()
+            )
+        )(w)
+        np.testing.assert_array_equal(gradient[0].astype(jnp.float32), 2048.0)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+def test_non_finite_rows_past_the_groups_stay_out(implementation):
+    x, gate, up, down, sizes, dy = problem(*SIZES["rows past the last group"])
+    x = x.at[int(sizes.sum()) :].set(jnp.inf)
+    results = swiglu_and_gradients(implementation)(x, gate, up, down, sizes, dy)
+    assert all(np.isfinite(r).all() for r in results)
+
+
+def test_default_follows_the_platform_that_is_lowered_for():
+    """CPU code must not hold ragged_dot's expansion, code for TPU must hold ragged_dot."""
+    x, gate, up, down, sizes, _ = problem(*SIZES["uneven"])
+    traced = jax.jit(grouped_swiglu).trace(x, gate, up, down, sizes)
+    assert "while" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    for_tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "ragged_dot" in for_tpu and "while" not in for_tpu
+
+
+def test_wrong_input():
+    x, gate, up, down, sizes, _ = problem(*SIZES["uneven"])
+    with pytest.raises(InputError, match="implementation='mosaic'"):
+        grouped_matmul(x, gate, sizes, implementation="mosaic")
+    with pytest.raises(InputError, match=r"w \(4, 10, 12\)"):
+        grouped_matmul(x, down, sizes)
+    with pytest.raises(InputError, match="group_sizes"):
+        grouped_matmul(x, gate, sizes[:3])
+    with pytest.raises(InputError, match="down"):
+        grouped_swiglu(x, gate, up, gate, sizes)
+    assert set(IMPLEMENTATIONS) == {"reference", "xla", "blocked"}
+
+
+def test_published_widths():
+    """The 48B model's experts, traced at their own widths."""
+    s = SHAPES["kimi_48b"]
+    wide = jax.ShapeDtypeStruct((s.num_experts, s.features, s.hidden_features), jnp.bfloat16)
+    narrow = jax.ShapeDtypeStruct((s.num_experts, s.hidden_features, s.features), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((4096 * s.top_k, s.features), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((s.num_experts,), jnp.int32)
+    y = jax.eval_shape(grouped_swiglu, x, wide, wide, narrow, sizes)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
