@@ -1,22 +1,39 @@
 # Each target works from a clean clone on its own. PYTHON picks the interpreter (3.11 or newer).
-PYTHON ?= python3
-VENV   ?= .venv
-BIN     = $(VENV)/bin
-# The fallback is for a machine with two cores; xdist's `auto` counts the cores.
+PYTHON  ?= python3
+VENV    ?= .venv
 WORKERS ?= auto
+BIN      = $(VENV)/bin
 
-.PHONY: demo test parity lint bench clean
+# The newest JAX needs Python 3.12; empty where there is none.
+NEWEST ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3 python3.13 python3.14; \
+	do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: demo test parity test-newest lint bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/python -m jaxalope.train --config=demo --workdir=runs/demo
-	$(BIN)/python -m jaxalope.infer --model=runs/demo --prompt="def " --max_new_tokens=200 --temperature=0.8
+	$(BIN)/python -m jaxalope.infer --model=runs/demo --temperature=0.7 --max_new_tokens=400 \
+	  --prompt='def '
+	@echo 'Loss picture: runs/demo/loss.png'
 
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not parity"
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not parity'
 
 parity: $(VENV)/.parity
-	$(BIN)/python -m pytest -n $(WORKERS) -m parity
+	$(BIN)/python -m pytest -n $(WORKERS) -m parity tests/parity
+
+# The same suite under Python 3.12 or newer, hence the newest JAX, where such a Python is found.
+test-newest:
+	@if [ -z "$(NEWEST)" ]; then echo 'No Python 3.12 or newer: the newest JAX is not tested here.'; \
+	else $(MAKE) test PYTHON="$(NEWEST)" VENV=.venv-newest; fi
+
+bench: $(VENV)/.parity
+	$(BIN)/python bench/kda.py
+	$(BIN)/python bench/moe.py
+	$(BIN)/python bench/data_pipeline.py
+	$(BIN)/python bench/vs_transformers.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -25,7 +42,7 @@ clean:
 	rm -rf .venv* .cache runs *.egg-info build
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Jaxalope needs Python 3.11 or newer; this is %d.%d. Set PYTHON=/path/to/python3.11." % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Jaxalope needs Python 3.11 or newer; this is %d.%d. Set PYTHON=/path/to/python3.11." % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 

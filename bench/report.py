@@ -1,0 +1,72 @@
+"""What every benchmark shares: facts of the machine, alternating measurement, rows and tables."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+
+def facts(**more) -> dict:
+    """Where and when: machine kind, versions, date. Goes into every row."""
+    device = jax.devices()[0]
+    kind = f"{device.device_kind}"
+    if device.platform == "cpu":
+        kind = f"{os.cpu_count()}-core {platform.machine()} CPU"
+    return {
+        "machine": kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **more,
+    }
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], object]], turns: int, warm_up: int = 1
+) -> dict[str, np.ndarray]:
+    """Wall seconds ``[turns]`` of every side, run in turns so that drift hits all alike."""
+    for run in sides.values():
+        for _ in range(warm_up):
+            jax.block_until_ready(run())
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(turns):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+    return {name: np.asarray(seconds) for name, seconds in times.items()}
+
+
+def spread(values: Iterable[float], digits: int = 1) -> str:
+    """``median (lowest - highest)``."""
+    values = list(values)
+    middle = statistics.median(values)
+    return f"{middle:.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})"
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def write_rows(path: str | None, rows: Iterable[Mapping]) -> None:
+    """Append the raw rows to a JSON-lines file, if there is one."""
+    if path is None:
+        return
+    target = pathlib.Path(path)
+    with contextlib.suppress(FileExistsError):
+        target.parent.mkdir(parents=True)
+    with target.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(dict(row)) + "\n" for row in rows)
