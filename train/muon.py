@@ -93,44 +93,40 @@ def scale_by_muon(
         grads = {n: g.astype(jnp.float32) for n, g in grads.items()}
         moments = {n: momentum * state.momentum[n] + g for n, g in grads.items()}
         ahead = {n: momentum * moments[n] + g for n, g in grads.items()}
-        updates = _orthogonalise(ahead, matrices, steps)
-        for name, u in updates.items():
-            updates[name] = rms * math.sqrt(max(matrices[name].shape(u.shape)[-2:])) * u
-        return updates, MuonState(moments)
+        return _updates(ahead, matrices, steps, rms), MuonState(moments)
 
     return optax.GradientTransformation(init, update)
 
 
-def newton_schulz(x: Float[Array, "*batch R C"], steps: int) -> Float[Array, "*batch R C"]:
-    """Nearly orthogonal matrices (singular values in about [0.7, 1.2]) with the row space of ``x``.
+def orthogonalise(x: Float[Array, "*batch R C"], steps: int) -> Float[Array, "*batch R C"]:
+    """Nearly orthogonal matrices (singular values in about [0.7, 1.2]) by Newton-Schulz steps.
 
-    ``x`` must have Frobenius norms of at most 1, and ``R <= C`` for the least work.
+    ``R <= C`` is the least work. A matrix of zeros (an expert without a single token) stays one.
     """
     a, b, c = _COEFFICIENTS
+    square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1), keepdims=True)
+    x = (x / jnp.maximum(jnp.sqrt(square), 1e-30)).astype(x.dtype)
 
     def step(_, x):
         gram = jnp.einsum("...ij,...kj->...ik", x, x)
         return a * x + (b * gram + c * gram @ gram) @ x
 
-    # A loop rather than five copies: a model has some twenty shapes of matrices to compile.
+    # A loop rather than copies: a model has some ten shapes of matrices to compile.
     return jax.lax.fori_loop(0, steps, step, x)
 
 
-def _orthogonalise(
-    updates: dict[str, Array], matrices: Mapping[str, Matrix], steps: int
+def _updates(
+    ahead: dict[str, Array], matrices: Mapping[str, Matrix], steps: int, rms: float
 ) -> dict[str, Array]:
-    """All matrices orthogonalised, those of one shape together; float32, sharded as they came."""
+    """Scaled orthogonal matrices, those of one shape together; float32, sharded as they came."""
 
     def run(dtype):
-        def orthogonalise(updates):
+        def together(ahead):
             stacks = collections.defaultdict(dict)
             routes, turned = {}, {}
-            for name, x in updates.items():
+            for name, x in ahead.items():
                 matrix, routes[name] = matrices[name], _route(matrices[name], x.shape)
-                dims = tuple(range(matrix.batch, x.ndim))
-                norm = jnp.sqrt(jnp.sum(x * x, axis=dims, keepdims=True))
-                # An expert without a single token has a gradient of zeros: its update is zero.
-                x = (x / jnp.maximum(norm, 1e-30)).astype(dtype)
+                x = x.astype(dtype)
                 for spec in routes[name][1:]:
                     x = place(x, spec)
                 x = x.reshape(matrix.shape(x.shape))
@@ -138,22 +134,31 @@ def _orthogonalise(
                 turned[name] = x.shape[-2] > x.shape[-1]
                 x = jnp.swapaxes(x, -2, -1) if turned[name] else x
                 where = routes[name][-1][: matrix.batch] if routes[name] else ()
-                stacks[x.shape, where][name] = x
+                # A batch that lies on one device joins all others of its matrices' shape; one that
+                # is sharded, those which are laid out alike.
+                x = x[None] if any(where) else x.reshape(-1, *x.shape[-2:])
+                stacks[x.shape[1:], where if any(where) else ()][name] = x
             out = {}
             for stack in stacks.values():
-                done = newton_schulz(jnp.stack(list(stack.values())), steps)
-                for i, name in enumerate(stack):
-                    x = jnp.swapaxes(done[i], -2, -1) if turned[name] else done[i]
-                    x = x.reshape(updates[name].shape)
+                done = orthogonalise(jnp.concatenate(list(stack.values())), steps)
+                done = rms * math.sqrt(max(done.shape[-2:])) * done.astype(jnp.float32)
+                start = 0
+                for name, x in stack.items():
+                    u = done[start : start + len(x)]
+                    start += len(x)
+                    matrix, shape = matrices[name], ahead[name].shape
+                    *batch, rows, columns = matrix.shape(shape)
+                    u = u.reshape(*batch, *((columns, rows) if turned[name] else (rows, columns)))
+                    u = (jnp.swapaxes(u, -2, -1) if turned[name] else u).reshape(shape)
                     for spec in reversed(routes[name][:-1]):
-                        x = place(x, spec)
-                    out[name] = x.astype(jnp.float32)
+                        u = place(u, spec)
+                    out[name] = u
             return out
 
-        return orthogonalise
+        return together
 
     # The iteration tolerates bfloat16, which accelerators multiply fast; a CPU does not.
-    return jax.lax.platform_dependent(updates, cpu=run(jnp.float32), default=run(jnp.bfloat16))
+    return jax.lax.platform_dependent(ahead, cpu=run(jnp.float32), default=run(jnp.bfloat16))
 
 
 def _route(matrix: Matrix, shape: Sequence[int]) -> list[PartitionSpec]:

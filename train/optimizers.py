@@ -26,6 +26,8 @@ from .muon import Matrix, as_matrix, scale_by_muon
 FlatParams = dict[str, Array]
 
 _NO_DECAY = ("A_log", "dt_bias")
+# A convolution's kernel is a row of taps for each channel, whatever its axes; a bias is a vector.
+_NOT_A_MATRIX = re.compile(r"conv|bias$|scale$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +91,12 @@ def trainable(info: Mapping[str, ParamInfo], pattern: str) -> list[str]:
 def matrices(info: Mapping[str, ParamInfo]) -> dict[str, Matrix]:
     """The parameters that Muon trains: hidden matrices.
 
-    Embeddings, the output head, norms, biases, convolutions and anything that is not a matrix by
-    its logical axes (see :func:`.muon.as_matrix`) are AdamW's.
+    Embeddings and output heads (what has a ``vocab`` axis), norms, biases, convolutions and
+    anything that is not a matrix by its logical axes (see :func:`.muon.as_matrix`) are AdamW's.
     """
     found = {}
     for name, param in info.items():
-        parts = name.split(".")
-        hidden = parts[-1] == "kernel" and "lm_head" not in parts
-        hidden = hidden and not any("conv" in part for part in parts)
+        hidden = "vocab" not in param.axes and not _NOT_A_MATRIX.search(name)
         matrix = as_matrix(param.axes) if hidden else None
         if matrix is not None:
             found[name] = matrix
