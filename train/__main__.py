@@ -50,6 +50,9 @@ def main(argv: list[str]) -> int:
     """Run what the flags say; returns the exit status."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+        # Orbax logs a traceback for every thread of a save that fails; it also raises, and the
+        # error printed here says what happened.
+        logging.get_absl_handler().addFilter(_not_from_orbax)
     warnings.showwarning = _warn
     try:
         if argv[1:]:
@@ -153,6 +156,10 @@ def _dry_run(experiment) -> int:
 def _fail(error: Exception, status: int) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
+
+
+def _not_from_orbax(record) -> bool:
+    return "orbax" not in record.pathname
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:

@@ -35,7 +35,8 @@ class TrainCheckpoints:
         self._files = tokenizer_files(workdir) if jax.process_index() == 0 else {}
 
     def latest(self) -> int | None:
-        """The newest complete step, None if there is none."""
+        """The newest complete step, when the save under way is done; None if there is none."""
+        self._store.wait()
         return max(self._store.steps(), default=None)
 
     def save(

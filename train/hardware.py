@@ -46,7 +46,8 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     for all of them, because simulated CPU devices share the cores.
     """
     if devices[0].platform == "cpu":
-        return measured_matmul_flops(devices[0])
+        here = [d for d in devices if d.process_index == jax.process_index()]
+        return measured_matmul_flops(here[0])
     peak = peak_of_kind(devices[0].device_kind)
     return None if peak is None else peak * len(devices)
 

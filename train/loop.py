@@ -73,6 +73,7 @@ def train(
     config, cadence = experiment.train, experiment.checkpoint
     primary = jax.process_index() == 0
     devices = jax.devices() if devices is None else list(devices)
+    peak = peak_flops(devices)
 
     with contextlib.ExitStack() as stack:
         # Where to run, and whether the experiment fits there.
@@ -138,7 +139,6 @@ def train(
                 "schedule.learning_rate, lengthen schedule.warmup_steps, or look at those documents"
             )
 
-        peak = peak_flops(devices)
         ledger = Ledger(experiment, lambda s, values: record(console.log, s, values), explain, peak)
         profiler = stack.enter_context(Profiler(workdir, config.profile_steps))
 
