@@ -23,6 +23,7 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,6 +45,8 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 _UNREADABLE = ".unreadable"
 # What a full model or a broken network raises says nothing about the files.
 _NOT_DAMAGE = (MemoryError, PermissionError, ConnectionError, TimeoutError)
+
+_DISK_FULL = ("no space left", "quota exceeded", "file too large")
 
 
 class SaveError(OSError):
@@ -81,7 +84,7 @@ class CheckpointStore:
             raise InputError(f"checkpoint.keep_last={keep_last}: keep at least 1")
         if keep_best < 0:
             raise InputError(f"checkpoint.keep_best={keep_best}: give 0 or more")
-        self.directory = epath.Path(directory)
+        self.directory = _absolute(directory)
         self._keep_last, self._keep_best = keep_last, keep_best
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -218,10 +221,12 @@ class CheckpointStore:
                 _remove(partial)
         steps = self.steps()
         kept = f"the last good one is step {steps[-1]}" if steps else "there is no earlier one"
+        reason = _first_line(error)
+        full = any(words in str(error).lower() for words in _DISK_FULL)
+        remedy = "Free space there (or keep fewer)" if full else "Make that path writable"
         return SaveError(
-            f"checkpoint of step {step} could not be saved in {self.directory}: "
-            f"{_first_line(error)}; {kept}. Free space there (or lower checkpoint.keep_last and "
-            "checkpoint.keep_best) and run the same command again"
+            f"checkpoint of step {step} could not be saved in {self.directory}: {reason}; {kept}. "
+            f"{remedy}, and run the same command again"
         )
 
     def _prune(self) -> None:
@@ -330,7 +335,7 @@ def _steps(directory: epath.Path, complete: bool = True) -> list[int]:
 
 def _locate(path: epath.PathLike, step: int | None) -> tuple[epath.Path, int | None]:
     """``(directory of checkpoints, step)`` for a work directory or anything below it."""
-    path = epath.Path(path)
+    path = _absolute(path)
     if (path / "documents").exists() and path.name.isdigit():
         if step not in (None, int(path.name)):
             raise InputError(f"{path} is the checkpoint of one step; step={step} is another")
@@ -443,6 +448,11 @@ def _key(entry: Any) -> str:
     return str(entry)
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+    path = epath.Path(path).expanduser()
+    return path if "://" in str(path) else path.absolute()
+
+
 def _placed(x: Any) -> jax.ShapeDtypeStruct:
     place = getattr(x, "sharding", None)
     if place is None:
@@ -457,13 +467,20 @@ def _metric(checkpoint: epath.Path) -> float | None:
         return None
 
 
-def _remove(path: epath.Path) -> None:
+def _remove(path: epath.Path, attempts: int = 20) -> None:
     """Delete a checkpoint so that it is never visible in part; a failure only costs space."""
-    try:
-        (path / _MARKER).unlink(missing_ok=True)
-        path.rmtree()
-    except OSError as error:
-        warnings.warn(f"cannot delete {path}: {_first_line(error)}", stacklevel=2)
+    for attempt in range(1, attempts + 1):
+        try:
+            (path / _MARKER).unlink(missing_ok=True)
+            path.rmtree()
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            # Threads of a save that failed may still be writing: their folder is not empty yet.
+            if attempt == attempts:
+                warnings.warn(f"cannot delete {path}: {_first_line(error)}", stacklevel=2)
+            time.sleep(0.05)
 
 
 def _set_aside(path: epath.Path) -> None:

@@ -49,7 +49,7 @@ def open_workdir(
     Raises:
         InputError: it belongs to another experiment; names every field that differs.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     changes = _check_owner(workdir, experiment)
     saved = workdir / TOKENIZER
     try:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
 from jaxalope.errors import InputError
 from jaxalope.model import checkpoint
 from jaxalope.model.checkpoint import CheckpointStore, SaveError
@@ -91,6 +92,14 @@ def test_params_alone_from_a_workdir_its_checkpoints_or_one_of_them(tmp_path, wh
     cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params())
     leaves = jax.tree.leaves(checkpoint.restore_params(tmp_path, cast))
     assert {x.dtype for x in leaves} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_relative_path_is_as_good_as_an_absolute_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with CheckpointStore("run/checkpoints") as store:
+        save(store, 1)
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+    assert_same(checkpoint.restore_params("run", abstract(params())), params(1))
 
 
 @pytest.mark.parametrize("saved, wanted", [((8, 1), (2, 4)), ((2, 4), (1, 1)), ((1, 1), (4, 2))])
@@ -261,7 +270,7 @@ def test_disk_full_keeps_the_last_good_checkpoint_and_says_what_to_do(tmp_path):
 
 def test_an_unwritable_directory_is_a_save_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SaveError, match="there is no earlier one"):
+    with pytest.raises(SaveError, match=r"there is no earlier one\. Make that path writable"):
         store = CheckpointStore(tmp_path / "file" / "checkpoints")
         store.save(1, state(), {})
         store.wait()

@@ -77,8 +77,9 @@ def test_dry_run_prints_experiment_parameters_and_memory_and_makes_nothing(run, 
     assert re.search(r"a whole train step, a device +\d", out)
 
 
-def test_runs_goes_on_and_says_when_complete(run, tmp_path):
-    path = tmp_path / "run"
+def test_runs_goes_on_and_says_when_complete(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = "runs/bigram"
     command = [f"--config={BIGRAM}", f"--workdir={path}", "--set=mesh.data=8"]
     assert run(*command, "--set=train.steps=4")[0] == 0
     status, _, err = run(*command)  # the file says 8
