@@ -7,14 +7,13 @@ not count; every row is the median of five stretches, with the lowest and the hi
 """
 
 import json
-import platform
 import resource
 import statistics
 import sys
 import time
 
 import grain
-import jax
+import report
 from absl import app, flags
 
 from jaxalope.data.config import DataConfig
@@ -55,11 +54,7 @@ def measure(length: int, rows: int, packing: str) -> dict:
         "state_bytes": state,
         "peak_resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "tokenizer": _TOKENIZER.value,
-        "machine": f"{platform.machine()}, CPU",
-        "python": platform.python_version(),
-        "grain": grain.__version__,
-        "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        **report.facts(grain=grain.__version__),
     }
 
 
@@ -75,9 +70,7 @@ def main(_) -> None:
                 f"peak {row['peak_resident_mb']} MB"
             )
             sys.stdout.flush()
-            if _OUTPUT.value:
-                with open(_OUTPUT.value, "a") as f:
-                    f.write(json.dumps(row) + "\n")
+            report.write_rows(_OUTPUT.value, [row])
 
 
 if __name__ == "__main__":

@@ -8,16 +8,13 @@ arithmetic that the chosen experts need: the floor. Other
 load on the machine hardly counts in process time, which is of all threads.
 """
 
-import datetime
 import functools
-import json
-import os
-import platform
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 from absl import app, flags
 
 from jaxalope.layers.ops.grouped_matmul import grouped_swiglu
@@ -91,21 +88,9 @@ def main(argv):
         )
     )
     forward_flops = 6 * num_rows * s.features * s.hidden_features
-    facts = {
-        "shape": _SHAPE.value,
-        "tokens": _TOKENS.value,
-        "dtype": _DTYPE.value,
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    facts = report.facts(shape=_SHAPE.value, tokens=_TOKENS.value, dtype=_DTYPE.value)
     print(" ".join(f"{k}={v}" for k, v in facts.items()))
-    print(
-        "\n| load | pass | form | ms (min) | process ms (min) | active GFLOP/s | of matmul's time |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    rows = []
+    rows, lines = [], []
     for load in ("even", "skewed", "one expert"):
         sizes = jnp.asarray(sizes_of(load, num_rows, s.num_experts), jnp.int32)
 
@@ -129,18 +114,15 @@ def main(argv):
             for form, seconds in times.items():
                 wall, process = seconds.min(0) * 1e3
                 ratio = np.percentile(seconds[:, 0] / times["matmul"][:, 0], [10, 50, 90])
-                print(
-                    f"| {load} | {name} | {form} | {wall:.2f} | {process:.2f} "
-                    f"| {flops / wall / 1e6:.0f} "
-                    f"| {ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f}) |",
-                    flush=True,
-                )
+                cells = (load, name, form, f"{wall:.2f}", f"{process:.2f}")
+                share = f"{ratio[1]:.2f} ({ratio[0]:.2f} - {ratio[2]:.2f})"
+                lines.append((*cells, f"{flops / wall / 1e6:.0f}", share))
                 row = {"load": load, "pass": name, "form": form, "flops": flops}
                 row |= {"wall_s": seconds[:, 0].tolist(), "process_s": seconds[:, 1].tolist()}
                 rows.append(facts | row)
-    if _OUTPUT.value:
-        with open(_OUTPUT.value, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    headers = "load", "pass", "form", "ms (min)", "process ms (min)", "active GFLOP/s"
+    print(report.table((*headers, "of matmul's time"), lines))
+    report.write_rows(_OUTPUT.value, rows)
 
 
 if __name__ == "__main__":
