@@ -251,9 +251,9 @@ class KimiLinearConfig:
         return cls(
             vocab_size=320,
             hidden_size=192,
-            num_layers=6,
+            num_layers=7,
             kda_layers=(1, 2, 3, 5, 6),
-            full_attn_layers=(4,),
+            full_attn_layers=(4, 7),
             kda_num_heads=4,
             kda_head_dim=32,
             num_attention_heads=4,
@@ -265,7 +265,7 @@ class KimiLinearConfig:
             moe_intermediate_size=128,
             num_experts=8,
             num_experts_per_token=2,
-            routed_scaling_factor=1.5,
+            routed_scaling_factor=1.41,
         )
 
     @classmethod
@@ -288,7 +288,7 @@ class KimiLinearConfig:
             moe_intermediate_size=16,
             num_experts=4,
             num_experts_per_token=2,
-            routed_scaling_factor=1.5,
+            routed_scaling_factor=1.41,
             kda_chunk_size=16,
         )
 
