@@ -476,5 +476,6 @@ def test_a_platform_with_its_own_backend_is_picked_when_lowering(monkeypatch):
         traced = jax.jit(lambda *a: run(a)).trace(*arrays)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
-    # The token scan loops 20 times, the chunked form once.
-    assert "dense<20>" in lowered("tpu") and "dense<20>" not in lowered("cpu")
+    # Only the token scan moves time to the front: T (padded to 32), B, H, K.
+    assert "tensor<32x1x2x16xf32>" in lowered("tpu")
+    assert "tensor<32x1x2x16xf32>" not in lowered("cpu")
