@@ -1,11 +1,14 @@
 """Exact resume: a run that is killed and resumed has the very losses of one that was not."""
 
 import os
+import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from jaxalope.train.metrics import read_metrics
@@ -29,10 +32,9 @@ COMMAND = [
 ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
-def start(workdir):
-    return subprocess.Popen(
-        [*COMMAND, f"--workdir={workdir}"], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+def start(workdir, command=COMMAND, *more):
+    command = [*command, f"--workdir={workdir}", *more]
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process, status=0):
@@ -92,3 +94,42 @@ def test_sigterm_saves_and_exits_0(straight, tmp_path):
     assert stopped < STEPS, "the signal came too late to test anything"
     assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
     assert losses(tmp_path) == straight[:stopped]
+
+
+BIGRAM = [
+    *COMMAND[:3],
+    f"--config={pathlib.Path(__file__).parent / 'bigram.py'}",
+    "--set=train.steps=300",
+    "--set=train.eval_every=none",
+    "--set=checkpoint.every=1000",
+    "--set=schedule.learning_rate=1e-3",
+]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_stop_together_and_one_goes_on(tmp_path):
+    """A signal to one process of two; the data streams then go to a single process."""
+    workdir, port = tmp_path / "two", free_port()
+    pair = [
+        start(workdir, BIGRAM, f"--coordinator=localhost:{port}", "--num_processes=2", rank)
+        for rank in ("--process_id=0", "--process_id=1")
+    ]
+    wait_for(pair[0], lambda: logged(workdir, 5))
+    pair[1].send_signal(signal.SIGTERM)
+    for process in pair:
+        assert "stopped and saved after step" in finish(process)
+    stopped = losses(workdir)[-1][0]
+    assert stopped < 300, "the signal came too late to test anything"
+    documents = workdir / "checkpoints" / str(stopped) / "documents"
+    assert {"data.0.json", "data.1.json"} <= {p.name for p in documents.iterdir()}
+
+    finish(start(workdir, BIGRAM))
+    finish(start(tmp_path / "one", BIGRAM))
+    one, two = losses(tmp_path / "one"), losses(workdir)
+    assert [step for step, *_ in two] == list(range(1, 301))
+    np.testing.assert_allclose(two, one, rtol=1e-3)
