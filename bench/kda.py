@@ -1,0 +1,125 @@
+"""KDA, forward and forward+backward: the chunked form against the token scan, time and memory.
+
+    python bench/kda.py --output=bench/results/kda.jsonl
+
+The two run in turns on the same inputs; a speed-up is taken within a turn and reported as the
+median of the turns with the lowest and the highest. Memory is what the compiled program allocates
+for temporaries (`memory_analysis`), inputs and outputs not counted. The last columns divide time
+and memory by T: linear scaling is a constant column.
+"""
+
+import jax
+import jax.numpy as jnp
+import report
+from absl import app, flags
+
+from jaxalope.layers.ops.kda import kda, l2norm, softplus_gate
+from jaxalope.layers.ops.kda.shapes import SHAPES
+
+_SHAPE = flags.DEFINE_enum("shape", "kimi_8m", sorted(SHAPES), "Heads and widths.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Rows.", lower_bound=1)
+_LENGTHS = flags.DEFINE_list("lengths", ["256", "512", "1024", "2048", "4096", "8192"], "T.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of q, k and v.")
+_CHUNK = flags.DEFINE_integer("chunk_size", 64, "Tokens a chunk of the chunked form.")
+_FORM = flags.DEFINE_string("implementation", "xla", "The chunked form to measure.")
+_TURNS = flags.DEFINE_integer("turns", 7, "Measurements of each form.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JSON lines.")
+
+
+def inputs(length: int):
+    """q, k, v, g, beta, initial state with the unbounded gate at its published initialisation."""
+    s, batch = SHAPES[_SHAPE.value], _BATCH.value
+    keys = jax.random.split(jax.random.key(0), 7)
+    narrow = (batch, length, s.num_heads, s.key_dim)
+    wide = (batch, length, s.num_value_heads, s.key_dim)
+    values = (batch, length, s.num_value_heads, s.value_dim)
+    rate = jax.random.uniform(keys[5], (s.num_value_heads,), minval=1.0, maxval=16.0)
+    q, k = (l2norm(jax.random.normal(key, narrow)).astype(_DTYPE.value) for key in keys[:2])
+    return (
+        q,
+        k,
+        jax.random.normal(keys[2], values).astype(_DTYPE.value),
+        softplus_gate(jax.random.normal(keys[3], wide) - 4.0, jnp.log(rate)),
+        jax.nn.sigmoid(jax.random.normal(keys[4], values[:-1])),
+        jax.random.normal(keys[6], (batch, s.num_value_heads, s.key_dim, s.value_dim)),
+    )
+
+
+def programs(implementation: str):
+    """The two passes as functions of the inputs."""
+
+    def forward(*arrays):
+        *tokens, state = arrays
+        return kda(
+            *tokens,
+            initial_state=state,
+            chunk_size=_CHUNK.value,
+            implementation=implementation,
+        )
+
+    def both(*arrays):
+        out, pullback = jax.vjp(forward, *arrays)
+        return out, pullback(out)
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    facts = report.facts(
+        shape=_SHAPE.value, batch=_BATCH.value, dtype=_DTYPE.value, chunk_size=_CHUNK.value
+    )
+    print(" ".join(f"{key}={value}" for key, value in facts.items()), flush=True)
+    rows, lines = [], []
+    forms = (_FORM.value, "reference")
+    for name in programs(forms[0]):
+        for length in map(int, _LENGTHS.value):
+            arrays = inputs(length)
+            compiled = {
+                form: jax.jit(programs(form)[name]).lower(*arrays).compile() for form in forms
+            }
+            sides = {
+                form: lambda run=run, arrays=arrays: run(*arrays) for form, run in compiled.items()
+            }
+            seconds = report.alternate(sides, _TURNS.value)
+            memory = {f: c.memory_analysis().temp_size_in_bytes for f, c in compiled.items()}
+            for form in forms:
+                row = {
+                    "pass": name,
+                    "form": form,
+                    "length": length,
+                    "wall_s": seconds[form].tolist(),
+                }
+                rows.append(facts | row | {"temporary_bytes": memory[form]})
+            ours, scan = (seconds[form] * 1e3 for form in forms)
+            tokens = length * _BATCH.value
+            lines.append(
+                (
+                    name,
+                    length,
+                    report.spread(ours, 2),
+                    report.spread(scan, 1),
+                    report.spread(scan / ours),
+                    *(f"{memory[form] / 2**20:.1f}" for form in forms),
+                    f"{ours.min() * 1e3 / tokens:.2f}",
+                    f"{memory[forms[0]] / 2**10 / tokens:.2f}",
+                )
+            )
+            print(lines[-1], flush=True)
+    ours = forms[0]
+    headers = (
+        "pass",
+        "T",
+        f"{ours}, ms",
+        "token scan, ms",
+        "speed-up",
+        f"{ours}, MiB",
+        "scan, MiB",
+    )
+    print(report.table((*headers, f"{ours}, us a token", f"{ours}, KiB a token"), lines))
+    report.write_rows(_OUTPUT.value, rows)
+
+
+if __name__ == "__main__":
+    app.run(main)
