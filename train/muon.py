@@ -120,7 +120,7 @@ def _updates(
 ) -> dict[str, Array]:
     """Scaled orthogonal matrices, those of one shape together; float32, sharded as they came."""
 
-    def run(dtype):
+    def run(solve, dtype):
         def together(ahead):
             stacks = collections.defaultdict(dict)
             routes, turned = {}, {}
@@ -140,7 +140,7 @@ def _updates(
                 stacks[x.shape[1:], where if any(where) else ()][name] = x
             out = {}
             for stack in stacks.values():
-                done = orthogonalise(jnp.concatenate(list(stack.values())), steps)
+                done = solve(jnp.concatenate(list(stack.values())))
                 done = rms * math.sqrt(max(done.shape[-2:])) * done.astype(jnp.float32)
                 start = 0
                 for name, x in stack.items():
@@ -157,8 +157,17 @@ def _updates(
 
         return together
 
-    # The iteration tolerates bfloat16, which accelerators multiply fast; a CPU does not.
-    return jax.lax.platform_dependent(ahead, cpu=run(jnp.float32), default=run(jnp.bfloat16))
+    def batched(x):
+        return orthogonalise(x, steps)
+
+    def one_by_one(x):
+        return jax.lax.map(batched, x)
+
+    # The iteration tolerates bfloat16, which accelerators multiply fast. A CPU does not, and it
+    # multiplies matrices faster one by one than as a batch.
+    return jax.lax.platform_dependent(
+        ahead, cpu=run(one_by_one, jnp.float32), default=run(batched, jnp.bfloat16)
+    )
 
 
 def _route(matrix: Matrix, shape: Sequence[int]) -> list[PartitionSpec]:

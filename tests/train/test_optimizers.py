@@ -128,6 +128,15 @@ def test_an_expert_without_a_gradient_is_only_decayed():
     assert not np.allclose(after[1, 1], before[1, 1] * (1 - 0.5 * 0.1), rtol=1e-2)
 
 
+def test_the_iteration_runs_in_bfloat16_where_that_is_fast():
+    optimizer = make_optimizer(Muon(), optax.constant_schedule(1.0), INFO)
+    state = jax.eval_shape(optimizer.init, _arrays(0))
+    traced = jax.jit(optimizer.update).trace(_arrays(1), state, _arrays(0))
+    cpu, tpu = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu"))
+    assert "bf16" not in cpu
+    assert "bf16" in tpu
+
+
 @pytest.mark.parametrize(
     "config",
     [MeshConfig(fsdp=2, expert=2, tensor=2), MeshConfig(fsdp=4, tensor=2, explicit=False)],
