@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from ..errors import InputError
 
@@ -20,6 +20,7 @@ def main(argv: list[str]) -> None:
     """Print every prompt with its continuation."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; prompts are given by --prompt")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every read.
     # After flag parsing, so that --help answers at once.
     from .. import generate, load
     from .policy import Greedy, Temperature

@@ -41,6 +41,8 @@ def load(
     """
     if not epath.Path(path).exists():
         raise InputError(f"model={str(path)!r} does not exist; give a training workdir")
+    # Each of these falls back from a damaged checkpoint by itself; what describes the model is the
+    # same in all checkpoints of a workdir.
     experiment = read_document(path, "experiment", step)
     config = config_from_dict(experiment["model"])
     if dtype is not None:

@@ -3,7 +3,16 @@
 from .activations import constrain, einsum, kernel_map, psum_over, take
 from .axes import LOGICAL_AXES, MESH_AXES, AxisRules, current_rules, use_rules
 from .mesh import MeshConfig, make_mesh, use_mesh
-from .params import Params, abstract, init_params, param_axes, path_name, shardings, split
+from .params import (
+    Params,
+    abstract,
+    init_compiler_options,
+    init_params,
+    param_axes,
+    path_name,
+    shardings,
+    split,
+)
 
 __all__ = [
     "LOGICAL_AXES",
@@ -15,6 +24,7 @@ __all__ = [
     "constrain",
     "current_rules",
     "einsum",
+    "init_compiler_options",
     "init_params",
     "kernel_map",
     "make_mesh",

@@ -1,8 +1,8 @@
 """What a module calls on activations: ``constrain``, ``einsum``, ``take`` and ``kernel_map``.
 
 Each is the plain JAX operation where no mesh is set (or inside a ``shard_map``, where arrays are
-local), states the result's sharding as part of its type under Explicit axes, and is a constraint for
-the compiler under Auto axes.
+local), states the result's sharding as part of its type under Explicit axes, and is a constraint
+for the compiler under Auto axes.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def kernel_map(
 
 
 def mesh_axes_of(axis: str) -> tuple[str, ...]:
-    """The mesh axes (of the mesh in force) over which a logical axis is split; () without a mesh."""
+    """The axes of the mesh in force over which a logical axis is split; () without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()

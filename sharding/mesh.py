@@ -51,7 +51,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with all of ``MESH_AXES`` (unused ones have size 1) over ``devices`` (all, if None)."""
+    """A mesh with all of ``MESH_AXES``, unused ones of size 1, over ``devices`` (all if None)."""
     devices = jax.devices() if devices is None else list(devices)
     axis_type = AxisType.Explicit if config.explicit else AxisType.Auto
     return jax.make_mesh(

@@ -61,7 +61,7 @@ def shardings(shapes: Params, axes: Params, mesh: Mesh, rules: AxisRules) -> Par
     """A ``NamedSharding`` for every parameter.
 
     Raises:
-        InputError: a dimension does not divide over its mesh axes; names tensor, dimension and axis.
+        InputError: a dimension does not divide over its mesh axis; names tensor, both, and sizes.
     """
 
     def one(path, shape, names):
@@ -97,7 +97,19 @@ def init_params(
         return split(build(key))[1]
 
     if mesh is None:
-        return graphdef, jax.jit(init)(key)
+        return graphdef, jax.jit(init, compiler_options=init_compiler_options())(key)
     places = shardings(shapes, axes, mesh, rules or AxisRules())
     with jax.set_mesh(mesh):
-        return graphdef, jax.jit(init, out_shardings=places)(key)
+        return graphdef, jax.jit(
+            init, out_shardings=places, compiler_options=init_compiler_options()
+        )(key)
+
+
+def init_compiler_options(platform: str | None = None) -> dict[str, int] | None:
+    """Options for a jitted initialisation on ``platform`` (the default backend if None).
+
+    It runs once and is nearly all random draws, whose code XLA's CPU backend takes several times
+    longer to optimise than to run.
+    """
+    cpu = (platform or jax.default_backend()) == "cpu"
+    return {"xla_backend_optimization_level": 0} if cpu else None

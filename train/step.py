@@ -19,7 +19,14 @@ from jaxtyping import Array, Int
 from ..configs.experiment import Experiment
 from ..errors import InputError
 from ..model.registry import build_model
-from ..sharding import Params, param_axes, shardings, split, use_mesh
+from ..sharding import (
+    Params,
+    init_compiler_options,
+    param_axes,
+    shardings,
+    split,
+    use_mesh,
+)
 from .layout import place_param, replicate, split_rows
 from .objectives import Batch, make_objective
 from .optimizers import (
@@ -74,7 +81,9 @@ def init_state(
     """
     graphdef, abstract = abstract_state(experiment, mesh, build=build)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = jax.jit(_init_fn(experiment, build), out_shardings=places)
+    init = jax.jit(
+        _init_fn(experiment, build), out_shardings=places, compiler_options=init_compiler_options()
+    )
     key = jax.random.key(experiment.train.seed)
     if mesh is None:
         return graphdef, init(key)
