@@ -1,0 +1,1 @@
+"""Floor 4: metrics and evaluations that need more than a loss."""

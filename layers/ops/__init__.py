@@ -1,0 +1,1 @@
+"""The operators: one folder each, judged against its oracle."""
