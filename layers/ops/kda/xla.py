@@ -32,6 +32,8 @@ from ...segments import segment_index
 
 # Rows whose pairwise decays are multiplied out elementwise; larger blocks are matrix products.
 _BASE = 4
+# Chunks that are worked on at once. More would not run faster and would not fit into caches.
+_BLOCK_CHUNKS = 32
 # Inverse and score gradients are always float32; other products too unless the inputs are 16-bit.
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -247,19 +249,15 @@ class _Chunks(NamedTuple):
     across: Array  # [N, B, H, K] decay of the entering state across the chunk
 
 
-def _prepare(q, k, v, g, beta, segment_ids, scale, chunk) -> _Chunks:
+def _prepare(q, k, v, g, beta, numbers, scale, chunk) -> _Chunks:
     dtype = jnp.promote_types(g.dtype, jnp.float32)
     q, k, v, g = (_to_chunks(x, chunk, dtype) for x in (q, k, v, g))
     beta = _to_chunks(beta[..., None], chunk, dtype)
     q, alpha = q * scale, jnp.exp(g)
     levels, base, (entering, leaving) = _decays(alpha)
     across, index, running, final = entering[..., -1, :], None, None, None
-    if segment_ids is not None:
-        numbers = segment_index(segment_ids)
-        before = jnp.pad(numbers[:, :-1], ((0, 0), (1, 0)))  # a row starts inside its segment 0
-        index, before = (
-            _to_chunks(x[..., None, None], chunk, jnp.int32) for x in (numbers, before)
-        )
+    if numbers is not None:
+        index, before = (_to_chunks(x[..., None, None], chunk, jnp.int32) for x in numbers)
         before, last = before[..., :1, :], index[..., -1:, :]
         running, final = index == before, index == last
         across = _keep((before == last)[..., 0, :], across)
@@ -275,10 +273,10 @@ def _precision(q: Array):
     return jax.lax.Precision.DEFAULT if q.dtype.itemsize < 4 else _EXACT
 
 
-def _forward(q, k, v, g, beta, initial_state, segment_ids, scale, chunk):
+def _forward(q, k, v, g, beta, initial_state, numbers, scale, chunk):
     precision = _precision(q)
     dot = functools.partial(_dot, precision=precision)
-    x = _prepare(q, k, v, g, beta, segment_ids, scale, chunk)
+    x = _prepare(q, k, v, g, beta, numbers, scale, chunk)
     scores, inverse = _scores(x.q, x.b, x.k, x.alpha, x.index, x.levels, precision)
     u = dot("...ri,...iv->...rv", inverse, x.beta * x.v)
     w = dot("...ri,...ik->...rk", inverse, x.b * x.entering)
@@ -298,20 +296,20 @@ def _forward(q, k, v, g, beta, initial_state, segment_ids, scale, chunk):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _kda(q, k, v, g, beta, initial_state, segment_ids, scale, chunk):
-    return _forward(q, k, v, g, beta, initial_state, segment_ids, scale, chunk)[:2]
+def _kda(q, k, v, g, beta, initial_state, numbers, scale, chunk):
+    return _forward(q, k, v, g, beta, initial_state, numbers, scale, chunk)[:2]
 
 
-def _kda_forward(q, k, v, g, beta, initial_state, segment_ids, scale, chunk):
-    o, state, saved = _forward(q, k, v, g, beta, initial_state, segment_ids, scale, chunk)
-    return (o, state), (q, k, v, g, beta, segment_ids, saved)
+def _kda_forward(q, k, v, g, beta, initial_state, numbers, scale, chunk):
+    o, state, saved = _forward(q, k, v, g, beta, initial_state, numbers, scale, chunk)
+    return (o, state), (q, k, v, g, beta, numbers, saved)
 
 
 def _kda_backward(scale, chunk, residuals, cotangents):
-    q_in, k_in, v_in, g_in, beta_in, segment_ids, (scores, inverse, states, delta) = residuals
+    q_in, k_in, v_in, g_in, beta_in, numbers, (scores, inverse, states, delta) = residuals
     do, dstate = cotangents
     dot = functools.partial(_dot, precision=_precision(q_in))
-    x = _prepare(q_in, k_in, v_in, g_in, beta_in, segment_ids, scale, chunk)
+    x = _prepare(q_in, k_in, v_in, g_in, beta_in, numbers, scale, chunk)
     do = _to_chunks(do, chunk, x.alpha.dtype)
     k_end = x.k * x.leaving
     w = dot("...ri,...ik->...rk", inverse, x.b * x.entering)
@@ -367,6 +365,35 @@ def kda_xla(
     """Chunkwise KDA with an analytic backward pass, one q/k head per value head.
 
     T must be a multiple of chunk_size, a power of two >= 4; padding tokens carry k=v=beta=g=0.
-    Saves for the backward pass, besides the inputs, 2*C + V + K*V/C floats a token and head.
+    Rows longer than `_BLOCK_CHUNKS` chunks are scanned block by block, so that temporaries stay
+    those of one block. Saves for the backward pass, besides the inputs, 2*C + V + K*V/C floats a
+    token and head.
     """
-    return _kda(q, k, v, g, beta, initial_state, segment_ids, scale, chunk_size)
+    batch, length = q.shape[:2]
+    chunks = length // chunk_size
+    blocks = -(-chunks // _BLOCK_CHUNKS)
+    block = -(-chunks // blocks) * chunk_size  # even blocks: fewer than `blocks` chunks of padding
+    padding = blocks * block - length
+
+    def pad(x):
+        return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) if padding else x
+
+    tokens, numbers = tuple(map(pad, (q, k, v, g, beta))), None
+    if segment_ids is not None:
+        running = segment_index(pad(segment_ids))
+        # A row starts inside its segment 0.
+        numbers = running, jnp.pad(running[:, :-1], ((0, 0), (1, 0)))
+    if blocks == 1:
+        return _kda(*tokens, initial_state, numbers, scale, chunk_size)
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(batch, blocks, block, *x.shape[2:]), 1, 0)
+
+    def step(state, part):
+        tokens, numbers = part
+        o, state = _kda(*tokens, state, numbers, scale, chunk_size)
+        return state, o
+
+    state, o = jax.lax.scan(step, initial_state, jax.tree.map(split, (tokens, numbers)))
+    o = jnp.moveaxis(o, 0, 1)
+    return o.reshape(batch, -1, *o.shape[3:])[:, :length], state
