@@ -43,6 +43,7 @@ def config() -> KimiLinearConfig:
         kda_layers=(1, 2, 3, 5, 6, 7),
         full_attn_layers=(4, 8),
         intermediate_size=1024,
+        moe_intermediate_size=128,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

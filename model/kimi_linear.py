@@ -247,13 +247,13 @@ class KimiLinearConfig:
 
     @classmethod
     def demo(cls) -> KimiLinearConfig:
-        """A byte-level model of 4M parameters that learns on two CPU cores in minutes."""
+        """A byte-level model of 1.2M parameters that learns on two CPU cores in minutes."""
         return cls(
             vocab_size=320,
-            hidden_size=192,
-            num_layers=7,
-            kda_layers=(1, 2, 3, 5, 6),
-            full_attn_layers=(4, 7),
+            hidden_size=128,
+            num_layers=4,
+            kda_layers=(1, 2, 3),
+            full_attn_layers=(4,),
             kda_num_heads=4,
             kda_head_dim=32,
             num_attention_heads=4,
@@ -261,8 +261,8 @@ class KimiLinearConfig:
             qk_nope_head_dim=32,
             qk_rope_head_dim=16,
             v_head_dim=32,
-            intermediate_size=512,
-            moe_intermediate_size=128,
+            intermediate_size=384,
+            moe_intermediate_size=96,
             num_experts=8,
             num_experts_per_token=2,
             routed_scaling_factor=1.41,
