@@ -247,7 +247,7 @@ class KimiLinearConfig:
 
     @classmethod
     def demo(cls) -> KimiLinearConfig:
-        """A byte-level model of 1.2M parameters that learns on two CPU cores in minutes."""
+        """A byte-level model of 1.5M parameters that learns on two CPU cores in minutes."""
         return cls(
             vocab_size=320,
             hidden_size=128,
