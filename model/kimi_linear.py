@@ -266,6 +266,7 @@ class KimiLinearConfig:
             num_experts=8,
             num_experts_per_token=2,
             routed_scaling_factor=1.41,
+            kda_chunk_size=32,
         )
 
     @classmethod
