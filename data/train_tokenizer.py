@@ -24,7 +24,7 @@ _SOURCE = flags.DEFINE_multi_string(
 _FORMAT = flags.DEFINE_string("format", "auto", "Format of the sources.")
 _FIELD = flags.DEFINE_string("field", "text", "Field or column that holds the text.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Number of ids, special tokens included.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to write the tokenizer to.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory to write the tokenizer to; required.")
 _HOLDOUT_FRACTION = flags.DEFINE_float(
     "holdout_fraction",
     DataConfig.holdout_fraction,
@@ -86,6 +86,8 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:
+        if _OUTPUT.value is None:
+            raise InputError("--output is missing: the directory to write the tokenizer to")
         sources = [
             open_source(
                 SourceConfig(path=path, format=_FORMAT.value, field=_FIELD.value),

@@ -8,7 +8,7 @@ from absl import app, flags, logging
 
 from ..errors import InputError
 
-_MODEL = flags.DEFINE_string("model", None, "A training workdir.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "A training workdir; required.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat for a batch.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens each prompt may get.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most likely token.")
@@ -26,6 +26,8 @@ def main(argv: list[str]) -> None:
     from .policy import Greedy, Temperature
 
     try:
+        if _MODEL.value is None:
+            raise InputError("--model is missing: the workdir of a training run")
         policy = Temperature(_TEMPERATURE.value) if _TEMPERATURE.value else Greedy()
         model = load(_MODEL.value, step=_STEP.value)
         generation = generate(model, _PROMPT.value, policy, _MAX_NEW_TOKENS.value, seed=_SEED.value)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..sharding import kernel_map
+from ..sharding import constrain, kernel_map
 from .linear import Linear, conv_kernel
 from .norm import GatedRMSNorm
 from .ops.kda import bounded_gate, kda, l2norm, softplus_gate
@@ -103,11 +103,13 @@ class KimiDeltaAttention(nnx.Module):
         heads, width, taps = self.q_conv.shape
         values = self.v_conv.shape[0]
         keys = jnp.zeros((batch, taps - 1, heads * width), dtype)
+        value = jnp.zeros((batch, taps - 1, values * width), dtype)
+        state = jnp.zeros((batch, values, width, width), jnp.float32)
         return KDACache(
-            q_conv=keys,
-            k_conv=keys,
-            v_conv=jnp.zeros((batch, taps - 1, values * width), dtype),
-            state=jnp.zeros((batch, values, width, width), jnp.float32),
+            q_conv=constrain(keys, "batch", None, "heads"),
+            k_conv=constrain(keys, "batch", None, "heads"),
+            v_conv=constrain(value, "batch", None, "heads"),
+            state=constrain(state, "batch", "heads", None, None),
         )
 
     def __call__(

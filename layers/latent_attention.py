@@ -80,7 +80,8 @@ class LatentAttention(nnx.Module):
     def init_cache(self, batch: int, max_length: int, dtype: jnp.dtype) -> MLACache:
         """Room for ``max_length`` tokens of each of ``batch`` sequences."""
         width = self.kv_a_proj.kernel.shape[-1]
-        return MLACache(latent=jnp.zeros((batch, max_length, width), dtype))
+        latent = jnp.zeros((batch, max_length, width), dtype)
+        return MLACache(latent=constrain(latent, "batch", None, None))
 
     def __call__(
         self,

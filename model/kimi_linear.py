@@ -459,7 +459,8 @@ class KimiLinear(nnx.Module):
         """
         dtype = jnp.dtype(dtype or self.config.dtype)
         layers = self.stack.init_cache(lambda block: block.init_cache(batch, max_length, dtype))
-        return KimiLinearCache(layers=layers, length=jnp.zeros((batch,), jnp.int32))
+        length = constrain(jnp.zeros((batch,), jnp.int32), "batch")
+        return KimiLinearCache(layers=layers, length=length)
 
     def hidden_states(
         self,

@@ -221,7 +221,10 @@ class TestEquivalences:
         build = lambda key: build_model(TINY, key)  # noqa: E731
         _, initial = init_params(build, jax.random.key(0), mesh)
         _, unsharded = init_params(build, jax.random.key(0))
-        jax.tree.map(np.testing.assert_array_equal, initial, unsharded)
+        # The same draws; their last bit may differ with how a compiler fuses the scaling.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), initial, unsharded
+        )
         params = jax.tree.map(
             lambda x, like: jax.device_put(x, like.sharding), tiny.params, initial
         )

@@ -163,7 +163,8 @@ def test_the_norm_is_reported_before_clipping_and_clipped_after(toy, run, batche
         moments = state.opt_state.adamw.mu.values()
         return 10 * np.sqrt(sum(np.sum(np.square(x)) for x in moments))
 
-    assert m[0]["grad_norm"] == c[0]["grad_norm"] > 0.1
+    assert c[0]["grad_norm"] > 0.1
+    np.testing.assert_allclose(m[0]["grad_norm"], c[0]["grad_norm"], rtol=1e-6)
     np.testing.assert_allclose(norm(free), m[0]["grad_norm"], rtol=1e-5)
     np.testing.assert_allclose(norm(clipped), 0.1, rtol=1e-5)
     params = flatten(clipped.params).values()

@@ -1,1 +1,0 @@
-"""Floor 4: metrics and evaluations that need more than a loss."""

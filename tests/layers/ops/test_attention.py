@@ -1,0 +1,76 @@
+"""Attention against its oracle: grouped heads, unequal widths, segments, long queries, bfloat16."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalope import InputError
+from jaxalope.layers.ops.attention import attention
+
+
+def inputs(batch=2, queries=9, keys=9, heads=4, groups=2, width=8, values=6, dtype=jnp.float32):
+    k = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(k[0], (batch, queries, heads, width), dtype)
+    key = jax.random.normal(k[1], (batch, keys, groups, width), dtype)
+    v = jax.random.normal(k[2], (batch, keys, groups, values), dtype)
+    offset = keys - queries
+    q_pos = jnp.broadcast_to(offset + jnp.arange(queries), (batch, queries))
+    k_pos = jnp.broadcast_to(jnp.arange(keys), (batch, keys))
+    return (q, key, v), {"query_positions": q_pos, "key_positions": k_pos}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"groups": 1}, {"groups": 4}, {"queries": 1, "keys": 13}, {"queries": 530, "keys": 530}],
+    ids=["grouped", "one group", "own keys", "decode", "blocks of queries"],
+)
+def test_equals_reference(shape):
+    arrays, where = inputs(**shape)
+
+    def loss(implementation):
+        def run(*arrays):
+            out = attention(*arrays, **where, scale=0.3, implementation=implementation)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))(*arrays)
+
+    (_, found), grads = loss("xla")
+    (_, expected), expected_grads = loss("reference")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for a, b in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_segments_do_not_see_each_other():
+    arrays, where = inputs(batch=1)
+    segments = jnp.array([[0, 0, 0, 1, 1, 1, 1, -1, -1]])
+    out = attention(*arrays, **where, query_segments=segments, key_segments=segments)
+    for start, end in ((0, 3), (3, 7)):
+        part = tuple(x[:, start:end] for x in arrays)
+        alone = attention(*part, **{name: p[:, start:end] for name, p in where.items()})
+        np.testing.assert_allclose(out[:, start:end], alone, atol=1e-5)
+
+
+def test_a_query_without_keys_is_finite():
+    (q, k, v), where = inputs()
+    where["query_positions"] = where["query_positions"] - 100
+    grads = jax.grad(lambda *a: jnp.sum(attention(*a, **where)), argnums=(0, 1, 2))(q, k, v)
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_bfloat16():
+    arrays, where = inputs(dtype=jnp.bfloat16)
+    found = attention(*arrays, **where)
+    expected = attention(*(x.astype(jnp.float32) for x in arrays), **where)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=3e-2)
+
+
+def test_bad_calls_are_named():
+    arrays, where = inputs(heads=4, groups=3)
+    with pytest.raises(InputError, match="num_heads=4 is not a multiple of num_kv_heads=3"):
+        attention(*arrays, **where)
+    arrays, where = inputs()
+    with pytest.raises(InputError, match="implementation='flash'"):
+        attention(*arrays, **where, implementation="flash")
