@@ -72,12 +72,18 @@ def generate(
         eos = getattr(model.tokenizer, "eos_id", None)
         stop_tokens = () if eos is None else (eos,)
 
+    # A mesh takes whole shares of the batch: copies of the last prompt, done from the start,
+    # fill the last one up.
+    count = len(rows)
+    extra = -count % model.batch_ways()
+    rows, seeds = rows + [rows[-1]] * extra, seeds + [0] * extra
     lengths = np.array([len(row) for row in rows], np.int32)
     width = _bucket(int(lengths.max()))
     prompt = np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):
         prompt[i, : len(row)] = row
-    limits = lengths + max_new_tokens
+    limits = np.where(np.arange(len(rows)) < count, lengths + max_new_tokens, lengths)
+    limits = limits.astype(np.int32)
     # An id that no token has stands for "no stop token", so that the shape is never empty.
     stops = np.array(tuple(stop_tokens) or (-1,), np.int32)
 
@@ -92,7 +98,7 @@ def generate(
             capacity=_bucket(int(limits.max())),
         )
         state = decoder.decode(model.params, state, stops, jnp.int32(max_new_tokens))
-    return _collect(model, state, lengths, set(stops.tolist()))
+    return _collect(model, state, lengths[:count], set(stops.tolist()))
 
 
 # Compiled decoders, kept as long as their model is.
@@ -137,13 +143,13 @@ def _collect(model: Model, state: DecodeState, lengths: np.ndarray, stops: set[i
     tokens, logprobs, ends, reasons = jax.device_get(
         (state.tokens, state.logprobs, state.length, state.reason)
     )
-    spans = [slice(start, end) for start, end in zip(lengths, ends, strict=True)]
-    new = [row[span] for row, span in zip(tokens, spans, strict=True)]
+    spans = [slice(start, end) for start, end in zip(lengths, ends, strict=False)]
+    new = [row[span] for row, span in zip(tokens, spans, strict=False)]
     spoken = [[int(t) for t in row if int(t) not in stops] for row in new]
     decode = (lambda _: "") if model.tokenizer is None else model.tokenizer.decode
     return Generation(
         tokens=new,
         text=[decode(row) for row in spoken],
-        logprobs=[row[span] for row, span in zip(logprobs, spans, strict=True)],
-        finish_reasons=[FINISH_REASONS[reason] for reason in reasons],
+        logprobs=[row[span] for row, span in zip(logprobs, spans, strict=False)],
+        finish_reasons=[FINISH_REASONS[reason] for reason in reasons[: len(lengths)]],
     )

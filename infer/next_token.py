@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..sharding import Params
+from ..sharding import Params, constrain
 from .loop import LENGTH, RUNNING, STOPPED, DecodeState, run
 from .policy import Policy
 
@@ -54,19 +54,22 @@ class NextToken:
         capacity: int,
     ) -> DecodeState:
         model = nnx.merge(self.graphdef, params)
+        prompts = constrain(prompts, "batch", "seq")
+        lengths, limits, seeds = (constrain(x, "batch") for x in (lengths, limits, seeds))
         batch, width = prompts.shape
         valid = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
         cache = model.init_cache(batch, capacity)
         hidden, cache, _ = model.hidden_states(prompts, cache, segment_ids=valid)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
         tokens = jnp.pad(prompts * valid, ((0, 0), (0, capacity - width)))
+        logprobs = jnp.zeros((batch, capacity), jnp.float32)
         return DecodeState(
             tokens=tokens,
-            logprobs=jnp.zeros((batch, capacity), jnp.float32),
+            logprobs=constrain(logprobs, "batch", "seq"),
             length=lengths,
             limit=limits,
             reason=jnp.where(lengths >= limits, LENGTH, RUNNING).astype(jnp.int32),
-            logits=model.logits(last)[:, 0],
+            logits=_whole_rows(model.logits(last)),
             cache=cache,
             key=jax.vmap(jax.random.key)(seeds),
         )
@@ -84,7 +87,7 @@ class NextToken:
             token = self._draw(state.key, state.length, state.logits)
             state = commit(state, token, stop_tokens)
             logits, cache = model(token[:, None], state.cache)
-            return dataclasses.replace(state, logits=logits[:, 0], cache=cache)
+            return dataclasses.replace(state, logits=_whole_rows(logits), cache=cache)
 
         return run(step, state, max_steps)
 
@@ -92,6 +95,11 @@ class NextToken:
         """One token a row; its randomness is a function of the row's seed and position alone."""
         keys = jax.vmap(jax.random.fold_in)(key, position)
         return jax.vmap(jax.random.categorical)(keys, self.policy(logits)).astype(jnp.int32)
+
+
+def _whole_rows(logits: Float[Array, "B 1 V"]) -> Float[Array, "B V"]:
+    """Each row's vocabulary in one place: a policy ranks and draws over all of it."""
+    return constrain(logits[:, 0], "batch", None)
 
 
 def commit(state: DecodeState, token: Int[Array, "B"], stop_tokens: Int[Array, "S"]) -> DecodeState:

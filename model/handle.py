@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -45,6 +46,14 @@ class Model:
     def context(self) -> contextlib.AbstractContextManager:
         """The mesh and rules under which this model is traced and run."""
         return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh, self.rules)
+
+    def batch_ways(self) -> int:
+        """How many shares the mesh splits a batch into; a batch is a multiple of it."""
+        if self.mesh is None:
+            return 1
+        (entry,) = self.rules.spec(("batch",), self.mesh.axis_names)
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def check_tokens(self, tokens: Any) -> np.ndarray:
         """``tokens`` as an int32 array, once every id is known to be in the vocabulary.
