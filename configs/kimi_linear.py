@@ -36,10 +36,10 @@ def demo() -> Experiment:
         small,
         name="demo",
         model=KimiLinearConfig.demo(),
-        data=dataclasses.replace(small.data, sequence_length=256, batch_size=16),
-        train=TrainConfig(steps=300, log_every=10, eval_every=100, eval_batches=4),
-        schedule=WSD(learning_rate=4e-3, warmup_steps=20, decay_steps=100),
-        checkpoint=CheckpointConfig(every=100),
+        data=dataclasses.replace(small.data, sequence_length=256, batch_size=8),
+        train=TrainConfig(steps=250, log_every=10, eval_every=50, eval_batches=4),
+        schedule=WSD(learning_rate=6e-3, warmup_steps=20, decay_steps=80),
+        checkpoint=CheckpointConfig(every=50),
     )
 
 
