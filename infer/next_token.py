@@ -93,8 +93,11 @@ class NextToken:
 
     def _draw(self, key, position, logits: Float[Array, "B V"]) -> Int[Array, "B"]:
         """One token a row; its randomness is a function of the row's seed and position alone."""
+        proposal = self.policy(logits)
+        if self.policy.deterministic:
+            return jnp.argmax(proposal, axis=-1).astype(jnp.int32)
         keys = jax.vmap(jax.random.fold_in)(key, position)
-        return jax.vmap(jax.random.categorical)(keys, self.policy(logits)).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys, proposal).astype(jnp.int32)
 
 
 def _whole_rows(logits: Float[Array, "B 1 V"]) -> Float[Array, "B V"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -19,6 +19,9 @@ from ..errors import InputError
 class Policy(Protocol):
     """From the model's logits to the proposal's."""
 
+    deterministic: ClassVar[bool] = False
+    """Whether the proposal always has all its probability on one token."""
+
     def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """The proposal's logits; ``-inf`` forbids a token."""
 
@@ -26,6 +29,8 @@ class Policy(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Greedy:
     """All probability on the most likely token (the first of equals)."""
+
+    deterministic: ClassVar[bool] = True
 
     def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """0 at the argmax, ``-inf`` elsewhere."""
@@ -38,6 +43,7 @@ class Temperature:
     """Probabilities proportional to ``p ** (1 / value)``: below 1 sharper, above 1 flatter."""
 
     value: float = 1.0
+    deterministic: ClassVar[bool] = False
 
     def __post_init__(self):
         if not (self.value > 0 and math.isfinite(self.value)):
@@ -58,6 +64,11 @@ class Chain:
 
     def __init__(self, *policies: Policy):
         object.__setattr__(self, "policies", tuple(policies))
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether one of the policies leaves a single token."""
+        return any(policy.deterministic for policy in self.policies)
 
     def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """The last policy's logits."""
