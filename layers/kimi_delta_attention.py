@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..sharding import constrain, kernel_map
@@ -22,16 +24,18 @@ from .ops.short_conv import short_conv
 class KDACache:
     """What KDA remembers of a sequence, constant in its length.
 
+    Fields are arrays, or what stands for them in a tree of shapes or shardings.
+
     Attributes:
         q_conv, k_conv, v_conv: the last ``W - 1`` inputs of each short convolution,
             ``[B, W-1, channels]``.
         state: the fast weights ``[B, Hv, K, V]``, float32.
     """
 
-    q_conv: Float[Array, "B W C"]
-    k_conv: Float[Array, "B W C"]
-    v_conv: Float[Array, "B W D"]
-    state: Float[Array, "B H K V"]
+    q_conv: Any
+    k_conv: Any
+    v_conv: Any
+    state: Any
 
 
 class KimiDeltaAttention(nnx.Module):
@@ -73,13 +77,13 @@ class KimiDeltaAttention(nnx.Module):
         self.v_proj = Linear(model, value, **init)
         conv_axes = ("heads", "head_dim", None)
         self.q_conv = nnx.Param(
-            conv_kernel(rngs.params(), keys.values(), conv_size), axes=conv_axes
+            conv_kernel(rngs.params(), tuple(keys.values()), conv_size), axes=conv_axes
         )
         self.k_conv = nnx.Param(
-            conv_kernel(rngs.params(), keys.values(), conv_size), axes=conv_axes
+            conv_kernel(rngs.params(), tuple(keys.values()), conv_size), axes=conv_axes
         )
         self.v_conv = nnx.Param(
-            conv_kernel(rngs.params(), value.values(), conv_size), axes=conv_axes
+            conv_kernel(rngs.params(), tuple(value.values()), conv_size), axes=conv_axes
         )
         self.f_a_proj = Linear(model, rank, **init)
         self.f_b_proj = Linear(rank, value, **init)
@@ -98,7 +102,7 @@ class KimiDeltaAttention(nnx.Module):
         self.chunk_size = chunk_size
         self.implementation = implementation
 
-    def init_cache(self, batch: int, dtype: jnp.dtype) -> KDACache:
+    def init_cache(self, batch: int, dtype: DTypeLike) -> KDACache:
         """The cache of ``batch`` sequences of which nothing has been read."""
         heads, width, taps = self.q_conv.shape
         values = self.v_conv.shape[0]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ..sharding import constrain, einsum, kernel_map
@@ -28,9 +30,9 @@ _EXPAND_FROM = 16
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MLACache:
-    """The latents read so far, ``C = kv_lora_rank + qk_rope_head_dim`` wide, by position."""
+    """The latents read so far: ``[B, S, kv_lora_rank + qk_rope_head_dim]``, by position."""
 
-    latent: Float[Array, "B S C"]
+    latent: Any  # an array, or what stands for it in a tree of shapes or shardings
 
 
 class LatentAttention(nnx.Module):
@@ -77,7 +79,7 @@ class LatentAttention(nnx.Module):
         self.scale = 1 / math.sqrt(qk_nope_head_dim + qk_rope_head_dim)
         self.implementation = implementation
 
-    def init_cache(self, batch: int, max_length: int, dtype: jnp.dtype) -> MLACache:
+    def init_cache(self, batch: int, max_length: int, dtype: DTypeLike) -> MLACache:
         """Room for ``max_length`` tokens of each of ``batch`` sequences."""
         width = self.kv_a_proj.kernel.shape[-1]
         latent = jnp.zeros((batch, max_length, width), dtype)

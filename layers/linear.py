@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..sharding import constrain, einsum, take
@@ -68,7 +69,7 @@ class Embedding(nnx.Module):
             normal(rngs.params(), (vocab_size, features), stddev), axes=("vocab", "embed")
         )
 
-    def __call__(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         """Rows of the table in ``dtype``. Ids must lie inside it: check them at the boundary."""
         # Gathering the storage-sharded dimension first keeps the look-up local to a device.
         table = constrain(self.embedding[...].astype(dtype), "vocab", "embed")

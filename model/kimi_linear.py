@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..errors import InputError
@@ -359,7 +360,7 @@ class KimiLinearCache:
     """
 
     layers: dict[str, list[Any]]
-    length: Int[Array, "B"]
+    length: Any
 
 
 class KimiLinearBlock(nnx.Module):
@@ -410,7 +411,7 @@ class KimiLinearBlock(nnx.Module):
                 **init,
             )
 
-    def init_cache(self, batch: int, max_length: int, dtype: jnp.dtype):
+    def init_cache(self, batch: int, max_length: int, dtype: DTypeLike):
         """The mixer's cache."""
         if isinstance(self.mixer, KimiDeltaAttention):
             return self.mixer.init_cache(batch, dtype)

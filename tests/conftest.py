@@ -21,10 +21,23 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
-import pytest  # noqa: E402  (JAX must see the variables above)
+import jaxtyping  # noqa: E402  (JAX must see the variables above)
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def fixtures() -> pathlib.Path:
     """The folder of small committed files that tests read."""
     return pathlib.Path(__file__).parent / "fixtures"
+
+
+# Shapes and dtypes in public signatures are checked while tests run, and only then.
+jaxtyping.install_import_hook(["jaxalope.layers", "jaxalope.model"], "beartype.beartype")
+
+
+@pytest.fixture
+def unchecked_shapes():
+    """Turns the shape checks off, for tests of the messages that users get without them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

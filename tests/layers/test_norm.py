@@ -12,7 +12,7 @@ def test_rms_norm_equals_its_formula():
     norm = RMSNorm(8, epsilon=1e-5)
     norm.scale[...] = jnp.arange(8.0)
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * np.arange(8)
-    np.testing.assert_allclose(norm(x), expected, rtol=1e-5)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5)
 
 
 def test_statistics_are_float32_where_activations_are_bfloat16():

@@ -72,7 +72,7 @@ class TestGoldens:
         ids = io["input_ids"]
 
         def loss(params):
-            logits = nnx.merge(model.graphdef, params)(ids)[0]
+            logits = nnx.merge(model.graphdef, params)(jnp.asarray(ids))[0]
             logprobs = jax.nn.log_softmax(logits[:, :-1])
             return -jnp.mean(jnp.take_along_axis(logprobs, ids[:, 1:, None], -1))
 
@@ -184,7 +184,7 @@ class TestEquivalences:
 
         def grads(graphdef):
             def loss(params):
-                return jnp.sum(jnp.square(nnx.merge(graphdef, params)(ids)[0]))
+                return jnp.sum(jnp.square(nnx.merge(graphdef, params)(jnp.asarray(ids))[0]))
 
             return jax.jit(jax.grad(loss))(tiny.params)
 

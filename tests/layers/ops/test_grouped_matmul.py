@@ -154,6 +154,7 @@ def test_default_follows_the_platform_that_is_lowered_for():
     assert "ragged_dot" in for_tpu and "while" not in for_tpu
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_input():
     x, gate, up, down, sizes, _ = problem(*SIZES["uneven"])
     with pytest.raises(InputError, match="implementation='mosaic'"):

@@ -459,7 +459,7 @@ def test_gates_follow_their_formulas():
     close(bounded, -5.0 / (1 + np.exp(-rate[:, None] * z)), 1e-5)
     assert float(bounded.min()) >= -5.0
     with pytest.raises(InputError, match="lower_bound=-6"):
-        bounded_gate(z, A_log, lower_bound=-6.0)
+        bounded_gate(jnp.asarray(z), A_log, lower_bound=-6.0)
 
 
 def test_l2norm_has_eps_inside_the_root():
@@ -467,6 +467,7 @@ def test_l2norm_has_eps_inside_the_root():
     close(l2norm(x), np.asarray([[3e-3, 4e-3], [0, 0]]) / np.sqrt(26e-6), 1e-6)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_input_names_the_argument():
     (q, k, v, g, beta, state), _ = draw("gva", length=8)
     for implementation in ("pallas_tpu", "fast"):

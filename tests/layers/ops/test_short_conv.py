@@ -151,6 +151,7 @@ def test_explicitly_sharded_channels_and_rows():
     close(got, want)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_input_names_the_argument():
     x, weight, state = draw(4)
     with pytest.raises(InputError, match=r"implementation='fft'.*reference, xla"):
