@@ -12,47 +12,18 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from jaxalope import Model
-from jaxalope.model import KimiLinearConfig, build_model
-from jaxalope.model.kimi_linear_weights import config_from_published, from_published, to_published
+from jaxalope.model import build_model
+from jaxalope.model.kimi_linear_weights import (
+    config_from_published,
+    config_to_published,
+    from_published,
+    to_published,
+)
 from jaxalope.sharding import abstract
 
 # transformers 5.23 writes (and reads) a dense first layer under the mixture's name.
 _DENSE_WRITTEN = "model.layers.0.block_sparse_moe."
 _DENSE_PUBLISHED = "model.layers.0.mlp."
-
-
-def published_config(config: KimiLinearConfig) -> dict:
-    """The contents of a published ``config.json`` for this configuration."""
-    same = (
-        "vocab_size hidden_size num_attention_heads kv_lora_rank qk_nope_head_dim "
-        "qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size num_experts "
-        "num_experts_per_token num_shared_experts first_k_dense_replace num_expert_group "
-        "topk_group moe_renormalize routed_scaling_factor rms_norm_eps initializer_range "
-        "bos_token_id eos_token_id pad_token_id"
-    )
-    return {
-        **{name: getattr(config, name) for name in same.split()},
-        "model_type": "kimi_linear",
-        "architectures": ["KimiLinearForCausalLM"],
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_attention_heads,
-        "head_dim": config.qk_rope_head_dim,
-        "q_lora_rank": None,
-        "mla_use_nope": True,
-        "moe_router_activation_func": "sigmoid",
-        "moe_layer_freq": 1,
-        "use_grouped_topk": True,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "model_max_length": 4096,
-        "linear_attn_config": {
-            "head_dim": config.kda_head_dim,
-            "num_heads": config.kda_num_heads,
-            "short_conv_kernel_size": config.short_conv_kernel_size,
-            "kda_layers": list(config.kda_layers),
-            "full_attn_layers": list(config.full_attn_layers),
-        },
-    }
 
 
 def to_transformers(model: Model):
@@ -62,7 +33,7 @@ def to_transformers(model: Model):
     tensors = to_published(jax.device_get(model.params), model.config)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder)
-        (path / "config.json").write_text(json.dumps(published_config(model.config)))
+        (path / "config.json").write_text(json.dumps(config_to_published(model.config)))
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         return KimiLinearForCausalLM.from_pretrained(path).eval()
 

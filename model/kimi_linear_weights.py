@@ -100,43 +100,93 @@ def weight_rules(config: KimiLinearConfig) -> list[WeightRule]:
     return rules
 
 
+# Fields that a published configuration names as ours does.
+_SAME_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_experts_per_token",
+    "num_shared_experts",
+    "first_k_dense_replace",
+    "num_expert_group",
+    "topk_group",
+    "moe_renormalize",
+    "routed_scaling_factor",
+    "rms_norm_eps",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+# Published options that have one value here; another one is another computation.
+_FIXED = {
+    "q_lora_rank": None,
+    "mla_use_nope": True,
+    "moe_router_activation_func": "sigmoid",
+    "moe_layer_freq": 1,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
 def config_from_published(published: Mapping[str, Any]) -> KimiLinearConfig:
     """Our configuration from the contents of a published ``config.json``.
 
     Raises:
         InputError: an option that changes the computation and is not implemented; names it.
     """
-    linear = published["linear_attn_config"]
-    fixed = {
-        "mla_use_nope": True,
-        "moe_router_activation_func": "sigmoid",
-        "moe_layer_freq": 1,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "q_lora_rank": None,
-    }
-    for name, value in fixed.items():
+    for name, value in _FIXED.items():
         if published.get(name, value) != value:
             raise InputError(
                 f"config.json: {name}={published[name]!r} is not supported; only {value!r} is"
             )
-    same = (
-        "vocab_size hidden_size num_attention_heads kv_lora_rank qk_nope_head_dim "
-        "qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size num_experts "
-        "num_shared_experts first_k_dense_replace num_expert_group topk_group moe_renormalize "
-        "routed_scaling_factor rms_norm_eps initializer_range bos_token_id eos_token_id "
-        "pad_token_id"
-    )
+    linear = published["linear_attn_config"]
     return KimiLinearConfig(
-        **{name: published[name] for name in same.split() if name in published},
+        **{name: published[name] for name in _SAME_FIELDS if name in published},
         num_layers=published["num_hidden_layers"],
-        num_experts_per_token=published["num_experts_per_token"],
         kda_layers=tuple(linear["kda_layers"]),
         full_attn_layers=tuple(linear["full_attn_layers"]),
         kda_num_heads=linear["num_heads"],
         kda_head_dim=linear["head_dim"],
         short_conv_kernel_size=linear["short_conv_kernel_size"],
     )
+
+
+def config_to_published(config: KimiLinearConfig) -> dict[str, Any]:
+    """The contents of a published ``config.json`` for this configuration.
+
+    Raises:
+        InputError: a field that published configurations have no name for.
+    """
+    for name, value in (
+        ("kda_num_value_heads", config.kda_num_value_heads or config.kda_num_heads),
+        ("kda_gate_lower_bound", config.kda_gate_lower_bound),
+    ):
+        if value not in (None, config.kda_num_heads):
+            raise InputError(f"model.{name}={value} has no place in a published config.json")
+    return {
+        **{name: getattr(config, name) for name in _SAME_FIELDS},
+        **_FIXED,
+        "model_type": "kimi_linear",
+        "architectures": ["KimiLinearForCausalLM"],
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_attention_heads,
+        "use_grouped_topk": True,
+        "linear_attn_config": {
+            "head_dim": config.kda_head_dim,
+            "num_heads": config.kda_num_heads,
+            "short_conv_kernel_size": config.short_conv_kernel_size,
+            "kda_layers": list(config.kda_layers),
+            "full_attn_layers": list(config.full_attn_layers),
+        },
+    }
 
 
 def from_published(

@@ -13,7 +13,12 @@ from safetensors.numpy import load_file
 from jaxalope import InputError, Model
 from jaxalope.layers.stack import plan, restack, unstack
 from jaxalope.model import KimiLinearConfig, build_model, config_from_dict, config_to_dict
-from jaxalope.model.kimi_linear_weights import config_from_published, from_published, to_published
+from jaxalope.model.kimi_linear_weights import (
+    config_from_published,
+    config_to_published,
+    from_published,
+    to_published,
+)
 from jaxalope.sharding import AxisRules, MeshConfig, abstract, init_params, make_mesh, use_mesh
 
 TINY = KimiLinearConfig.tiny()
@@ -323,6 +328,19 @@ class TestConfig:
         for config in (TINY, KimiLinearConfig.kimi_linear_48b()):
             stored = json.loads(json.dumps(config_to_dict(config)))
             assert config_from_dict(stored) == config
+
+    def test_published_form_round_trips(self):
+        config = KimiLinearConfig.kimi_linear_48b()
+        published = json.loads(json.dumps(config_to_published(config)))
+        again = dataclasses.replace(
+            config_from_published(published), dtype=config.dtype, remat=config.remat
+        )
+        assert again == config
+        with pytest.raises(InputError, match="q_lora_rank=1536 is not supported"):
+            config_from_published({**published, "q_lora_rank": 1536})
+        bounded = dataclasses.replace(config, kda_gate_lower_bound=-5.0)
+        with pytest.raises(InputError, match=r"kda_gate_lower_bound=-5\.0 has no place"):
+            config_to_published(bounded)
 
     @pytest.mark.parametrize(
         ("change", "words"),
