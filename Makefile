@@ -33,6 +33,7 @@ bench: $(VENV)/.parity
 	$(BIN)/python bench/kda.py
 	$(BIN)/python bench/moe.py
 	$(BIN)/python bench/data_pipeline.py
+	$(BIN)/python bench/decode_overhead.py
 	$(BIN)/python bench/vs_transformers.py
 
 lint: $(VENV)/.dev

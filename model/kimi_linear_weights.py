@@ -165,12 +165,16 @@ def config_to_published(config: KimiLinearConfig) -> dict[str, Any]:
     Raises:
         InputError: a field that published configurations have no name for.
     """
-    for name, value in (
-        ("kda_num_value_heads", config.kda_num_value_heads or config.kda_num_heads),
-        ("kda_gate_lower_bound", config.kda_gate_lower_bound),
-    ):
-        if value not in (None, config.kda_num_heads):
-            raise InputError(f"model.{name}={value} has no place in a published config.json")
+    if config.kda_num_value_heads not in (None, config.kda_num_heads):
+        unnamed = "kda_num_value_heads"
+    elif config.kda_gate_lower_bound is not None:
+        unnamed = "kda_gate_lower_bound"
+    else:
+        unnamed = None
+    if unnamed is not None:
+        raise InputError(
+            f"model.{unnamed}={getattr(config, unnamed)} has no place in a published config.json"
+        )
     return {
         **{name: getattr(config, name) for name in _SAME_FIELDS},
         **_FIXED,
