@@ -13,9 +13,12 @@ _PUBLIC = {
     "Greedy": "infer",
     "InputError": "errors",
     "Model": "model",
+    "Piece": "infer",
+    "Policy": "infer",
     "Temperature": "infer",
     "generate": "infer",
     "load": "model",
+    "stream": "infer",
 }
 
 __all__ = sorted(_PUBLIC)

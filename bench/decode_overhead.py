@@ -30,12 +30,12 @@ def main(argv):
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     config = get_experiment("demo").model
     graphdef, params = init_params(lambda key: build_model(config, key), jax.random.key(0))
-    decoder = NextToken(graphdef, Temperature(1.0))
+    decoder, policy = NextToken(graphdef), Temperature(1.0)
     lengths = np.array([8], np.int32)
     limits = np.array([30_000], np.int32)
     prompt = np.ones((1, 64), np.int32)
-    seeds, stops = np.array([0], np.uint32), jnp.array([-1])
-    state = decoder.prefill(params, prompt, lengths, limits, seeds, capacity=1024)
+    seeds, samples, stops = np.array([0], np.uint32), np.array([0]), jnp.array([[-1]])
+    state = decoder.prefill(params, prompt, lengths, limits, seeds, samples, capacity=1024)
     facts = report.facts(
         model="demo", arrays=len(jax.tree.leaves((params, state))), parameters=config.num_params()
     )
@@ -46,11 +46,11 @@ def main(argv):
         ("64 steps, each", 64, max(1, _CALLS.value // 32)),
     ):
         count = jnp.int32(steps)
-        state = jax.block_until_ready(decoder.decode(params, state, stops, count))
+        state = jax.block_until_ready(decoder.decode(params, policy, state, stops, count))
         seconds = []
         for _ in range(calls):
             start = time.perf_counter()
-            state = jax.block_until_ready(decoder.decode(params, state, stops, count))
+            state = jax.block_until_ready(decoder.decode(params, policy, state, stops, count))
             seconds.append((time.perf_counter() - start) / max(steps, 1))
         rows.append({**facts, "what": name, "seconds": seconds})
         low, middle, high = np.percentile(np.array(seconds) * 1e3, [10, 50, 90])

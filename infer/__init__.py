@@ -1,6 +1,6 @@
 """Floor 3: decoding: policies, the loop, its steps, and ``generate``."""
 
-from .generate import Generation, generate
+from .generate import Generation, Piece, generate, stream
 from .loop import DecodeState, run
 from .next_token import NextToken
 from .policy import Chain, Greedy, Policy, Temperature
@@ -11,8 +11,10 @@ __all__ = [
     "Generation",
     "Greedy",
     "NextToken",
+    "Piece",
     "Policy",
     "Temperature",
     "generate",
     "run",
+    "stream",
 ]

@@ -1,10 +1,10 @@
-"""``generate``: prompts in, text out. The host side of decoding."""
+"""``generate`` and ``stream``: prompts in, text out. The host side of decoding."""
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,144 +12,297 @@ import numpy as np
 
 from ..errors import InputError
 from ..model.handle import Model
-from .loop import FINISH_REASONS, DecodeState
+from .loop import FINISH_REASONS, STOPPED, DecodeState
 from .next_token import NextToken
-from .policy import Policy, Temperature
+from .policy import Policy
+from .records import LogProb, ProposalLogProb, Record, Top
+from .request import Batch, Prompts, make_batch
+from .text import TextStream
 
-# Prompts and canvases are padded to a multiple of this, so that few shapes are ever compiled.
-_BUCKET = 64
+# Steps between two looks of the host at what was drawn, where it looks at all.
+_STRIDE = 16
+_MOST_TOP_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What was generated, one entry a prompt.
+    """What was generated; with ``n`` samples a prompt, those of a prompt stand together.
 
     Attributes:
         tokens: the new token ids, a stop token included where one was drawn.
-        text: the new tokens decoded, without the stop token.
-        logprobs: of each new token under the model itself, float32.
-        finish_reasons: ``"stop"`` (drew a stop token) or ``"length"``.
+        text: the new tokens decoded, without the stop token and from the stop string on.
+        logprobs: of each new token, float32, in nats.
+        finish_reasons: ``"stop"`` (drew a stop token, or completed a stop string), ``"length"`` or
+            ``"cancelled"``.
+        starved: whether a row's policy ever forbade every token.
+        top: ``(ids [N, n], logprobs [N, n])`` of each position's likeliest tokens, if asked for.
     """
 
     tokens: list[np.ndarray]
     text: list[str]
     logprobs: list[np.ndarray]
     finish_reasons: list[str]
+    starved: list[bool]
+    top: list[tuple[np.ndarray, np.ndarray]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Something new of one row of a stream.
+
+    Attributes:
+        row: which prompt's (or sample's).
+        text: what is new: complete code points, never part of a stop string.
+        finish_reason: given with the row's last piece.
+    """
+
+    row: int
+    text: str
+    finish_reason: str | None = None
 
 
 def generate(
     model: Model,
-    prompts: str | Sequence[str] | Sequence[Sequence[int]],
-    policy: Policy | None = None,
-    max_new_tokens: int = 128,
+    prompts: Prompts,
+    policy: Policy | Sequence[Policy] | None = None,
+    max_new_tokens: int | Sequence[int] = 128,
     seed: int | Sequence[int] = 0,
     *,
-    stop_tokens: Sequence[int] | None = None,
+    n: int = 1,
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    stop: Sequence[str] = (),
+    top_logprobs: int = 0,
+    logprobs: str = "raw",
+    cancel: Callable[[], bool] | None = None,
 ) -> Generation:
     """Continue each prompt.
 
     Args:
         model: as :func:`jaxalope.load` returns it.
         prompts: text, or token ids; of any lengths.
-        policy: that tokens are drawn by; ``Temperature(1.0)`` if None.
-        max_new_tokens: that a row may get.
-        seed: one a prompt, or an int: prompt ``i`` then has seed ``seed + i``. A prompt's tokens
-            depend on its own seed only, not on its neighbours.
-        stop_tokens: ids that end a row; the tokenizer's end-of-sequence if None.
+        policy: that tokens are drawn by, one for all or one a prompt; ``Temperature(1.0)`` if None.
+        max_new_tokens: that a row may get; one for all or one a prompt.
+        seed: one a prompt, or an int: prompt ``i`` then has seed ``seed + i``. A row's tokens
+            depend on its own seed and sample number only, not on its neighbours.
+        n: samples a prompt; it is read once and its cache forked.
+        stop_tokens: ids that end a row, for all prompts or one sequence each; the tokenizer's
+            end-of-sequence if None.
+        stop: strings that end a row.
+        top_logprobs: likeliest tokens to report of each position, at most 20.
+        logprobs: ``"raw"`` under the model itself, ``"processed"`` under the policy's proposal.
+        cancel: asked now and then; once it says True the rows end as they are.
 
     Raises:
         InputError: no prompt, an empty prompt of a model without a begin- or end-of-sequence token,
-            an id outside the vocabulary, or a count that is not positive.
+            an id outside the vocabulary, or a setting out of range; names it.
     """
-    policy = policy or Temperature(1.0)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    rows = [model.check_tokens(row) for row in _token_rows(model, prompts)]
-    seeds = [seed + i for i in range(len(rows))] if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(rows):
-        raise InputError(f"seed has {len(seeds)} entries for {len(rows)} prompts; give one each")
-    if stop_tokens is None:
-        eos = getattr(model.tokenizer, "eos_id", None)
-        stop_tokens = () if eos is None else (eos,)
+    run = _start(
+        model, prompts, policy, max_new_tokens, seed, n, stop_tokens, stop, top_logprobs, logprobs
+    )
+    watched = bool(stop) or cancel is not None
+    while not run.finished:
+        if cancel is not None and cancel():
+            break
+        run.advance(_STRIDE if watched else None)
+    return run.result()
 
-    # A mesh takes whole shares of the batch: copies of the last prompt, done from the start,
-    # fill the last one up.
-    count = len(rows)
-    extra = -count % model.batch_ways()
-    rows, seeds = rows + [rows[-1]] * extra, seeds + [0] * extra
-    lengths = np.array([len(row) for row in rows], np.int32)
-    width = _bucket(int(lengths.max()))
-    prompt = np.zeros((len(rows), width), np.int32)
-    for i, row in enumerate(rows):
-        prompt[i, : len(row)] = row
-    limits = np.where(np.arange(len(rows)) < count, lengths + max_new_tokens, lengths)
-    limits = limits.astype(np.int32)
-    # An id that no token has stands for "no stop token", so that the shape is never empty.
-    stops = np.array(tuple(stop_tokens) or (-1,), np.int32)
 
-    decoder = _decoder(model, policy)
-    with model.context():
-        state = decoder.prefill(
-            model.params,
-            prompt,
-            lengths,
-            limits,
-            np.array(seeds, np.uint32),
-            capacity=_bucket(int(limits.max())),
+def stream(
+    model: Model,
+    prompts: Prompts,
+    policy: Policy | Sequence[Policy] | None = None,
+    max_new_tokens: int | Sequence[int] = 128,
+    seed: int | Sequence[int] = 0,
+    *,
+    n: int = 1,
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    stop: Sequence[str] = (),
+    stride: int = 4,
+) -> Iterator[Piece]:
+    """Continue each prompt, yielding text while it grows; arguments as for :func:`generate`.
+
+    Closing the iterator cancels what is left. ``stride`` is the number of steps between two looks
+    at the device. Joined, a row's pieces are the text that ``generate`` returns.
+    """
+    run = _start(model, prompts, policy, max_new_tokens, seed, n, stop_tokens, stop, 0, "raw")
+    if stride < 1:
+        raise InputError(f"stride={stride} must be at least 1")
+    return _pieces(run, stride)
+
+
+def _pieces(run: Run, stride: int) -> Iterator[Piece]:
+    told: set[int] = set()
+    while True:
+        if not run.finished:
+            run.advance(stride)
+        for row, new in enumerate(run.new_text()):
+            reason = run.finish_reason(row)
+            if new or (reason is not None and row not in told):
+                yield Piece(row, new, reason)
+            if reason is not None:
+                told.add(row)
+        if run.finished:
+            return
+
+
+class Run:
+    """A batch being decoded, with what the host knows of it."""
+
+    def __init__(self, model: Model, decoder: NextToken, batch: Batch, n: int, stop: Sequence[str]):
+        self.model, self.decoder = model, decoder
+        decode = (lambda _: "") if model.tokenizer is None else model.tokenizer.decode
+        if stop and model.tokenizer is None:
+            raise InputError(f"stop={list(stop)} needs a tokenizer; this model has none")
+        if any(not s for s in stop):
+            raise InputError(f"stop={list(stop)} holds an empty string, which would end every row")
+        with model.context():
+            state = decoder.prefill(
+                model.params,
+                batch.prompts,
+                batch.lengths,
+                batch.limits,
+                batch.seeds,
+                batch.samples,
+                capacity=batch.capacity,
+                needs=batch.policy.needs,
+            )
+            if n > 1:
+                batch, rows = batch.repeat(n, model.batch_ways())
+                state = decoder.fork(
+                    model.params, state, rows, batch.limits, batch.seeds, batch.samples
+                )
+        self.batch, self.state = batch, state
+        self.streams = [TextStream(decode, stop) for _ in range(batch.count)]
+        self._stops = [set(row.tolist()) for row in batch.stop_tokens]
+        self._seen = batch.lengths.copy()
+        self._finished = np.zeros(batch.count, bool)
+        self._new = [""] * batch.count
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row has ended."""
+        return bool(self._finished.all())
+
+    def advance(self, max_steps: int | None) -> None:
+        """Decode on, up to ``max_steps`` (None: to the end), and read what was committed."""
+        steps = self.batch.capacity if max_steps is None else max_steps
+        with self.model.context():
+            self.state = self.decode(self.state, steps)
+        self._read()
+
+    def decode(self, state: DecodeState, max_steps: int) -> DecodeState:
+        """The device's part of :meth:`advance`."""
+        batch = self.batch
+        return self.decoder.decode(
+            self.model.params, batch.policy, state, batch.stop_tokens, jnp.int32(max_steps)
         )
-        state = decoder.decode(model.params, state, stops, jnp.int32(max_new_tokens))
-    return _collect(model, state, lengths[:count], set(stops.tolist()))
+
+    def _read(self) -> None:
+        tokens, lengths, reasons = jax.device_get(
+            (self.state.tokens, self.state.length, self.state.reason)
+        )
+        ended = np.zeros(len(lengths), bool)
+        for i, stream in enumerate(self.streams):
+            if self._finished[i]:
+                continue
+            new = tokens[i, self._seen[i] : lengths[i]]
+            self._seen[i] = lengths[i]
+            spoken = [int(t) for t in new if int(t) not in self._stops[i]]
+            self._new[i] += stream.push(spoken)
+            done = FINISH_REASONS[reasons[i]] != "running"
+            if done and not stream.stopped:
+                self._new[i] += stream.finish()
+            self._finished[i] = done or stream.stopped
+            ended[i] = stream.stopped and not done
+        if ended.any():
+            reason = jnp.where(ended, STOPPED, self.state.reason).astype(jnp.int32)
+            self.state = dataclasses.replace(self.state, reason=reason)
+
+    def new_text(self) -> list[str]:
+        """What every row's text gained since the last call."""
+        new, self._new = self._new, [""] * self.batch.count
+        return new
+
+    def finish_reason(self, row: int) -> str | None:
+        """Why a row ended; None while it runs."""
+        if not self._finished[row]:
+            return None
+        if self.streams[row].stopped:
+            return "stop"
+        return FINISH_REASONS[int(self.state.reason[row])]
+
+    def result(self) -> Generation:
+        """Everything generated; rows that still run count as cancelled."""
+        state = jax.device_get(dataclasses.replace(self.state, cache=(), key=()))
+        rows = range(self.batch.count)
+        spans = []
+        for i, stream in enumerate(self.streams):
+            if not self._finished[i]:
+                stream.finish()
+            start = int(self.batch.lengths[i])
+            # A stop string ends the row with the token that completed it.
+            end = start + stream.num_tokens if stream.stopped else int(state.length[i])
+            spans.append(slice(start, end))
+        reasons = [FINISH_REASONS[state.reason[i]] for i in rows]
+        records = state.records
+        (kind,) = {"logprob", "proposal_logprob"} & set(records)
+        top = None
+        if "top_ids" in records:
+            top = [(records["top_ids"][i, s], records["top_logprobs"][i, s]) for i, s in _at(spans)]
+        return Generation(
+            tokens=[state.tokens[i, s] for i, s in _at(spans)],
+            text=[stream.text for stream in self.streams],
+            logprobs=[records[kind][i, s] for i, s in _at(spans)],
+            finish_reasons=[
+                "stop"
+                if stream.stopped
+                else ("cancelled" if reason == FINISH_REASONS[0] else reason)
+                for stream, reason in zip(self.streams, reasons, strict=True)
+            ],
+            starved=[bool(state.starved[i]) for i in rows],
+            top=top,
+        )
+
+
+def _at(spans: list[slice]):
+    return list(enumerate(spans))
+
+
+def _start(
+    model, prompts, policy, max_new_tokens, seed, n, stop_tokens, stop, top_logprobs, logprobs
+) -> Run:
+    if n < 1:
+        raise InputError(f"n={n} must be at least 1")
+    if isinstance(stop, str):
+        stop = (stop,)
+    batch = make_batch(model, prompts, policy, max_new_tokens, seed, stop_tokens)
+    decoder = decoder_of(model, records_for(model, logprobs, top_logprobs))
+    return Run(model, decoder, batch, n, stop)
+
+
+def records_for(model: Model, logprobs: str, top_logprobs: int) -> tuple[Record, ...]:
+    """What :class:`Generation` reports, as the loop's records."""
+    if logprobs not in ("raw", "processed"):
+        raise InputError(f"logprobs={logprobs!r} is not 'raw' or 'processed'")
+    most = min(_MOST_TOP_LOGPROBS, model.config.vocab_size)
+    if not 0 <= top_logprobs <= most:
+        raise InputError(f"top_logprobs={top_logprobs} must lie in 0..{most}")
+    processed = logprobs == "processed"
+    records: tuple[Record, ...] = (ProposalLogProb() if processed else LogProb(),)
+    if top_logprobs:
+        records += tuple(Top(top_logprobs, processed, part) for part in ("ids", "logprobs"))
+    return records
 
 
 # Compiled decoders, kept as long as their model is.
-_DECODERS: weakref.WeakKeyDictionary[Model, dict[Policy, NextToken]] = weakref.WeakKeyDictionary()
+_DECODERS: weakref.WeakKeyDictionary[Model, dict[tuple[Record, ...], NextToken]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def _decoder(model: Model, policy: Policy) -> NextToken:
+def decoder_of(model: Model, records: tuple[Record, ...] = (LogProb(),)) -> NextToken:
+    """The compiled decoder of this model that writes these records, made once."""
     decoders = _DECODERS.setdefault(model, {})
-    if policy not in decoders:
-        decoders[policy] = NextToken(model.graphdef, policy)
-    return decoders[policy]
-
-
-def _bucket(length: int) -> int:
-    return -(-length // _BUCKET) * _BUCKET
-
-
-def _token_rows(model: Model, prompts) -> list[Sequence[int]]:
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if not len(prompts):
-        raise InputError("prompts is empty; give at least one")
-    tokenizer, rows = model.tokenizer, []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise InputError("this model has no tokenizer; give prompts as token ids")
-            prompt = tokenizer.encode(prompt)
-            begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-            # A model that never saw a begin token still needs something to begin an empty text.
-            if begin is not None and (model.add_bos or not prompt):
-                prompt = [begin, *prompt]
-        if not len(prompt):
-            raise InputError(
-                f"prompts[{i}] is empty and the model has no token to begin with; give it text"
-            )
-        rows.append(prompt)
-    return rows
-
-
-def _collect(model: Model, state: DecodeState, lengths: np.ndarray, stops: set[int]) -> Generation:
-    tokens, logprobs, ends, reasons = jax.device_get(
-        (state.tokens, state.logprobs, state.length, state.reason)
-    )
-    spans = [slice(start, end) for start, end in zip(lengths, ends, strict=False)]
-    new = [row[span] for row, span in zip(tokens, spans, strict=False)]
-    spoken = [[int(t) for t in row if int(t) not in stops] for row in new]
-    decode = (lambda _: "") if model.tokenizer is None else model.tokenizer.decode
-    return Generation(
-        tokens=new,
-        text=[decode(row) for row in spoken],
-        logprobs=[row[span] for row, span in zip(logprobs, spans, strict=False)],
-        finish_reasons=[FINISH_REASONS[reason] for reason in reasons[: len(lengths)]],
-    )
+    if records not in decoders:
+        decoders[records] = NextToken(model.graphdef, records)
+    return decoders[records]

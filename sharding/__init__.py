@@ -1,6 +1,14 @@
 """Floor 0: logical axes, their rules, meshes, and parameters and activations laid out by them."""
 
-from .activations import constrain, einsum, kernel_map, psum_over, take
+from .activations import (
+    constrain,
+    einsum,
+    kernel_map,
+    mesh_axes_of,
+    psum_over,
+    take,
+    take_rows,
+)
 from .axes import LOGICAL_AXES, MESH_AXES, AxisRules, current_rules, use_rules
 from .mesh import MeshConfig, make_mesh, use_mesh
 from .params import (
@@ -28,12 +36,14 @@ __all__ = [
     "init_params",
     "kernel_map",
     "make_mesh",
+    "mesh_axes_of",
     "param_axes",
     "path_name",
     "psum_over",
     "shardings",
     "split",
     "take",
+    "take_rows",
     "use_mesh",
     "use_rules",
 ]

@@ -1,4 +1,4 @@
-"""What a module calls on activations: ``constrain``, ``einsum``, ``take`` and ``kernel_map``.
+"""Operations on activations: ``constrain``, ``einsum``, ``take``, ``take_rows``, ``kernel_map``.
 
 Each is the plain JAX operation where no mesh is set (or inside a ``shard_map``, where arrays are
 local), states the result's sharding as part of its type under Explicit axes, and is a constraint
@@ -65,6 +65,15 @@ def take(table: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
     if explicit:
         return table.at[ids].get(mode="promise_in_bounds", out_sharding=spec)
     return jax.lax.with_sharding_constraint(table[ids], spec)
+
+
+def take_rows(x: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
+    """``x`` at ``rows`` of its batch ``axis``, laid out as ``x`` is; rows may repeat."""
+    index = (slice(None),) * axis + (rows,)
+    active = _active_mesh()
+    if active is None or not active[1]:
+        return x.at[index].get(mode="promise_in_bounds")
+    return x.at[index].get(mode="promise_in_bounds", out_sharding=jax.typeof(x).sharding.spec)
 
 
 def kernel_map(

@@ -11,7 +11,7 @@ import jaxalope
 from jaxalope import Chain, Greedy, InputError, Model, Temperature
 from jaxalope.data.tokenizers import load_tokenizer
 from jaxalope.infer import NextToken
-from jaxalope.infer.generate import _decoder
+from jaxalope.infer.generate import decoder_of
 from jaxalope.model import KimiLinearConfig, build_model
 from jaxalope.sharding import MeshConfig, init_params, make_mesh
 
@@ -90,31 +90,32 @@ def test_stop_token_ends_its_row_only(model):
 
 
 def test_interrupted_loop_equals_one_call(model):
-    decoder = NextToken(model.graphdef, Temperature(1.0))
+    decoder, policy = NextToken(model.graphdef), Temperature(1.0)
     prompts = np.array([[1, 2, 3, 0], [4, 5, 6, 7]], np.int32)
     lengths = np.array([3, 4], np.int32)
-    stops, seeds = np.array([-1], np.int32), np.array([0, 1], np.uint32)
+    stops, seeds = np.array([[-1], [-1]], np.int32), np.array([0, 1], np.uint32)
 
     def start():
-        return decoder.prefill(model.params, prompts, lengths, lengths + 10, seeds, capacity=16)
+        rows = (prompts, lengths, lengths + 10, seeds, np.zeros(2, np.int32))
+        return decoder.prefill(model.params, *rows, capacity=16)
 
-    whole = decoder.decode(model.params, start(), stops, jnp.int32(10))
+    whole = decoder.decode(model.params, policy, start(), stops, jnp.int32(10))
     state, calls = start(), 0
     while not bool(state.done.all()):
-        state = decoder.decode(model.params, state, stops, jnp.int32(3))
+        state = decoder.decode(model.params, policy, state, stops, jnp.int32(3))
         calls += 1
     assert calls == 4
     np.testing.assert_array_equal(state.tokens, whole.tokens)
-    np.testing.assert_array_equal(state.logprobs, whole.logprobs)
+    np.testing.assert_array_equal(state.records["logprob"], whole.records["logprob"])
 
 
 def test_one_compilation_a_bucket(model):
-    policy = Temperature(0.31)
+    model = dataclasses.replace(model)  # Another handle has compiled nothing yet.
     for prompt in ("a", "ab", "abc" * 15):
-        jaxalope.generate(model, prompt, policy, 5)
+        jaxalope.generate(model, prompt, Temperature(0.31), 5)
     for max_new_tokens in (6, 9):
-        jaxalope.generate(model, "a", policy, max_new_tokens)
-    decoder = _decoder(model, policy)
+        jaxalope.generate(model, "a", Temperature(0.7), max_new_tokens)
+    decoder = decoder_of(model)
     assert decoder.prefill._cache_size() == 1
     assert decoder.decode._cache_size() == 1
 
@@ -172,5 +173,5 @@ def test_bad_input_is_named(model, arguments, words):
 
 
 def test_temperature_must_be_positive():
-    with pytest.raises(InputError, match=r"temperature=0"):
-        Temperature(0)
+    with pytest.raises(InputError, match=r"temperature=-1"):
+        Temperature(-1)

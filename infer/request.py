@@ -1,0 +1,201 @@
+"""Requests: prompts and settings as users give them, checked, then as the arrays of one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from ..errors import InputError
+from ..model.handle import Model
+from .policy import Policy, Temperature, stack_rows
+
+Prompts = str | Sequence[str] | Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows for a decoder, padded so that few shapes are ever compiled.
+
+    The first ``count`` rows are requests; the others fill a mesh's shares up and are done from the
+    start. Arrays are NumPy's.
+
+    Attributes:
+        prompts: ``[B, P]`` int32.
+        lengths, limits: ``[B]`` int32.
+        seeds: ``[B]`` uint32.
+        samples: ``[B]`` int32, which of its prompt's samples a row is.
+        stop_tokens: ``[B, S]`` int32, padded by an id that no token has.
+        policy: of all rows, numbers ``[B]``.
+        capacity: width of the canvas.
+        count: requests.
+    """
+
+    prompts: np.ndarray
+    lengths: np.ndarray
+    limits: np.ndarray
+    seeds: np.ndarray
+    samples: np.ndarray
+    stop_tokens: np.ndarray
+    policy: Policy
+    capacity: int
+    count: int
+
+    def repeat(self, n: int, multiple: int) -> tuple[Batch, np.ndarray]:
+        """``n`` samples of every request, and the row that each is forked from."""
+        rows = np.repeat(np.arange(self.count), n)
+        padded = np.concatenate([rows, np.full(-len(rows) % multiple, rows[-1])])
+        samples = np.concatenate(
+            [np.tile(np.arange(n), self.count), np.zeros(len(padded) - len(rows))]
+        ).astype(np.int32)
+        limits = np.where(np.arange(len(padded)) < len(rows), self.limits[padded], 0)
+        batch = dataclasses.replace(
+            self,
+            prompts=self.prompts[padded],
+            lengths=self.lengths[padded],
+            limits=limits.astype(np.int32),
+            seeds=self.seeds[padded],
+            samples=samples,
+            stop_tokens=self.stop_tokens[padded],
+            policy=take_rows_of(self.policy, padded),
+            count=len(rows),
+        )
+        return batch, padded.astype(np.int32)
+
+
+def make_batch(
+    model: Model,
+    prompts: Prompts,
+    policy: Policy | Sequence[Policy] | None,
+    max_new_tokens: int | Sequence[int],
+    seed: int | Sequence[int],
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None,
+    *,
+    headroom: int = 0,
+) -> Batch:
+    """Check what users gave and lay it out.
+
+    Args:
+        model: that the prompts are for.
+        prompts: text, or token ids; of any lengths.
+        policy: one for all prompts, or one each; ``Temperature(1.0)`` if None.
+        max_new_tokens: one for all, or one each.
+        seed: one each, or an int: prompt ``i`` then has seed ``seed + i``.
+        stop_tokens: ids for all prompts, or a sequence of ids each; the tokenizer's
+            end-of-sequence if None.
+        headroom: positions of the canvas beyond the longest limit.
+
+    Raises:
+        InputError: names the field that does not fit.
+    """
+    rows = [model.check_tokens(row) for row in token_rows(model, prompts)]
+    count = len(rows)
+    new = _each("max_new_tokens", max_new_tokens, count)
+    for value in new:
+        if value < 1:
+            raise InputError(f"max_new_tokens={value} must be at least 1")
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise InputError(f"seed has {len(seeds)} entries for {count} prompts; give one each")
+    policies = [policy or Temperature(1.0)] * count
+    if not (policy is None or isinstance(policy, Policy)):
+        policies = list(policy)
+        if len(policies) != count:
+            raise InputError(
+                f"policy has {len(policies)} entries for {count} prompts; give one each, or one"
+            )
+    stops = _stops(model, stop_tokens, count)
+
+    # A mesh takes whole shares of the batch: copies of the last prompt, done from the start, fill
+    # the last one up.
+    extra = -count % model.batch_ways()
+    index = np.concatenate([np.arange(count), np.full(extra, count - 1)]).astype(np.int32)
+    lengths = np.array([len(row) for row in rows], np.int32)[index]
+    width = bucket(int(lengths.max()))
+    canvas = np.zeros((len(index), width), np.int32)
+    for place, i in enumerate(index):
+        canvas[place, : len(rows[i])] = rows[i]
+    own = np.arange(len(index)) < count
+    limits = np.where(own, lengths + np.array(new)[index], lengths).astype(np.int32)
+    return Batch(
+        prompts=canvas,
+        lengths=lengths,
+        limits=limits,
+        seeds=np.array(seeds, np.uint32)[index],
+        samples=np.zeros(len(index), np.int32),
+        stop_tokens=stops[index],
+        policy=take_rows_of(stack_rows(policies), index),
+        capacity=bucket(max(int(limits.max()) + headroom, width)),
+        count=count,
+    )
+
+
+def bucket(length: int) -> int:
+    """The next of few lengths: multiples of 64, and from 1024 on of an eighth of their power."""
+    size = max(64, 1 << max(length.bit_length() - 4, 0))
+    return -(-length // size) * size
+
+
+def take_rows_of(policy: Policy, rows: np.ndarray) -> Policy:
+    """A stacked policy's rows."""
+    return jax.tree.map(lambda x: x[rows], policy)
+
+
+def token_rows(model: Model, prompts: Prompts) -> list[Sequence[int]]:
+    """Every prompt as token ids, with the begin token that the model was trained with.
+
+    Raises:
+        InputError: there is none, or an empty one has nothing to begin with.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not len(prompts):
+        raise InputError("prompts is empty; give at least one")
+    tokenizer, rows = model.tokenizer, []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise InputError("this model has no tokenizer; give prompts as token ids")
+            prompt = tokenizer.encode(prompt)
+            begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+            # A model that never saw a begin token still needs something to begin an empty text.
+            if begin is not None and (model.add_bos or not prompt):
+                prompt = [begin, *prompt]
+        if not len(prompt):
+            raise InputError(
+                f"prompts[{i}] is empty and the model has no token to begin with; give it text"
+            )
+        rows.append(prompt)
+    return rows
+
+
+def _each(name: str, value: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(value, int | np.integer):
+        return [int(value)] * count
+    if len(value) != count:
+        raise InputError(f"{name} has {len(value)} entries for {count} prompts; give one each")
+    return [int(v) for v in value]
+
+
+def _stops(model: Model, stop_tokens, count: int) -> np.ndarray:
+    """``[count, S]``; -1 is no token, so that no row is ever empty."""
+    if stop_tokens is None:
+        eos = getattr(model.tokenizer, "eos_id", None)
+        stop_tokens = () if eos is None else (eos,)
+    rows = list(stop_tokens)
+    if not rows or np.isscalar(rows[0]):
+        rows = [rows] * count
+    if len(rows) != count:
+        raise InputError(
+            f"stop_tokens has {len(rows)} rows for {count} prompts; give ids, or ids for each"
+        )
+    for row in rows:
+        if len(row):
+            model.check_tokens(np.asarray(list(row)))
+    width = max([1, *(len(row) for row in rows)])
+    stops = np.full((count, width), -1, np.int32)
+    for i, row in enumerate(rows):
+        stops[i, : len(row)] = list(row)
+    return stops
