@@ -3,6 +3,7 @@
 from .experiment import (
     WSD,
     AdamW,
+    AutoDeco,
     CheckpointConfig,
     Constant,
     Cosine,
@@ -22,6 +23,7 @@ __all__ = [
     "EXPERIMENTS",
     "WSD",
     "AdamW",
+    "AutoDeco",
     "CheckpointConfig",
     "Constant",
     "Cosine",

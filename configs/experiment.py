@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..model.registry import config_from_dict, config_to_dict
+from ..model.retrofit import DecodingHeadsConfig, Retrofit
 from ..sharding import AxisRules, MeshConfig
 from . import fields
 
@@ -56,7 +57,57 @@ class NextToken:
         _require(self.max_logits > 0, "objective.max_logits", self.max_logits, "must be positive")
 
 
-Objective = NextToken
+@dataclasses.dataclass(frozen=True)
+class AutoDeco:
+    """Decoding heads on a frozen model (arXiv 2510.26697): a temperature and a top-p term.
+
+    The defaults are the published recipe, whose temperatures are useful in their order but biased:
+    dropping easy tokens raises them, weighting lowers them. ``train/autodeco.py`` says what the
+    other estimators correct, ``docs/autodeco.md`` what was measured.
+
+    Attributes:
+        easy_drop: share of the tokens that the model ranks first which the temperature term drops,
+            drawn anew in every step.
+        dft_weight: weigh every token by its probability under the model.
+        estimator: ``"published"``; ``"reweighted"``, where inverse probabilities undo the dropping
+            and the weight; or ``"conditional"``, which keeps both and corrects the likelihood.
+        sharpness: of the soft top-p mask's edge.
+        max_logits: most float32 numbers of a device that belong to logits, ranks and probabilities,
+            alive at once (512 MiB); a larger batch x vocabulary is taken in chunks along the
+            sequence.
+    """
+
+    kind: ClassVar[str] = "autodeco"
+
+    easy_drop: float = 0.6
+    dft_weight: bool = True
+    estimator: Literal["published", "reweighted", "conditional"] = "published"
+    sharpness: float = 30.0
+    max_logits: int = 2**27
+
+    def __post_init__(self):
+        _require(
+            0 <= self.easy_drop < 1,
+            "objective.easy_drop",
+            self.easy_drop,
+            "must be in [0, 1); 0 keeps every token, 0.6 is published",
+        )
+        _require(
+            self.estimator in ("published", "reweighted", "conditional"),
+            "objective.estimator",
+            self.estimator,
+            "use published, reweighted or conditional",
+        )
+        _require(
+            self.sharpness > 0 and _finite(self.sharpness),
+            "objective.sharpness",
+            self.sharpness,
+            "must be positive; 30 is published",
+        )
+        _require(self.max_logits > 0, "objective.max_logits", self.max_logits, "must be positive")
+
+
+Objective = NextToken | AutoDeco
 
 
 # ------------------------------------------------------------------------------------ optimizers
@@ -339,6 +390,10 @@ class Experiment:
         name: what the run calls itself in its workdir and logs.
         model: the config of a family in ``model.registry``.
         mesh, rules: how many devices lie on each mesh axis, and which logical axes lie there.
+        retrofits: parts added to the model, such as ``decoding_heads``; which parameters train is
+            still ``optimizer.trainable``.
+        init_from: the workdir (or a checkpoint in one) of a run whose parameters this one begins
+            with; None begins with random ones. Retrofits that the other model lacks are fresh.
     """
 
     name: str
@@ -351,6 +406,8 @@ class Experiment:
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     rules: AxisRules = dataclasses.field(default_factory=AxisRules)
+    retrofits: tuple[Retrofit, ...] = ()
+    init_from: str | None = None
 
     def __post_init__(self):
         _require(bool(self.name), "name", self.name, "give the experiment a name")
@@ -361,6 +418,15 @@ class Experiment:
             parts,
             f"must divide data.batch_size={rows}, the rows of one optimizer step",
         )
+        kinds = [retrofit.kind for retrofit in self.retrofits]
+        _require(len(set(kinds)) == len(kinds), "retrofits", kinds, "attach each kind once")
+        if isinstance(self.objective, AutoDeco):
+            _require(
+                DecodingHeadsConfig.kind in kinds,
+                "retrofits",
+                kinds,
+                "objective=autodeco trains decoding heads; set retrofits=decoding_heads",
+            )
         phases = [
             (f"schedule.{name}", getattr(self.schedule, name))
             for name in ("warmup_steps", "decay_steps")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from etils import epath
 
 from ..errors import InputError
-from . import fields, kimi_linear
+from . import autodeco, fields, kimi_linear
 from .experiment import Experiment, experiment_from_dict
 
 # Every named experiment is a function without arguments, listed here under its own name.
@@ -24,6 +24,7 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
         kimi_linear.kimi_linear_1b4,
         kimi_linear.kimi_linear_1b7,
         kimi_linear.kimi_linear_48b,
+        autodeco.autodeco_demo,
     )
 }
 

@@ -14,7 +14,8 @@ from ..errors import InputError
 from ..sharding import AxisRules, abstract, shardings
 from .checkpoint import document_dir, read_document, restore_params
 from .handle import Model
-from .registry import build_model, config_from_dict
+from .registry import config_from_dict
+from .retrofit import build, retrofits_from_list
 
 
 def load(
@@ -26,7 +27,7 @@ def load(
     rules: AxisRules | None = None,
     dtype: str | None = None,
 ) -> Model:
-    """The model of a training workdir, with its tokenizer; needs nothing but that folder.
+    """The model of a training workdir, retrofits and tokenizer included; needs only that folder.
 
     Args:
         path: the workdir, its ``checkpoints/``, or one checkpoint in there.
@@ -47,8 +48,9 @@ def load(
     config = config_from_dict(experiment["model"])
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
+    retrofits = retrofits_from_list(experiment.get("retrofits", []))
     rules = rules or AxisRules()
-    graphdef, shapes, axes = abstract(lambda key: build_model(config, key))
+    graphdef, shapes, axes = abstract(lambda key: build(config, retrofits, key))
     if mesh is not None:
         shapes = _placed(shapes, shardings(shapes, axes, mesh, rules))
     params = restore_params(path, shapes, step=step, ema=ema)

@@ -13,9 +13,7 @@ from ..configs.experiment import Experiment, experiment_to_dict
 from ..data.pipeline import merge_states
 from ..model.checkpoint import CheckpointStore
 from .step import TrainState
-from .workdir import tokenizer_files
-
-DIRECTORY = "checkpoints"
+from .workdir import CHECKPOINTS, tokenizer_files
 
 
 class TrainCheckpoints:
@@ -29,7 +27,7 @@ class TrainCheckpoints:
     def __init__(self, workdir: epath.Path, experiment: Experiment):
         settings = experiment.checkpoint
         self._store = CheckpointStore(
-            workdir / DIRECTORY, keep_last=settings.keep_last, keep_best=settings.keep_best
+            workdir / CHECKPOINTS, keep_last=settings.keep_last, keep_best=settings.keep_best
         )
         self._experiment = experiment_to_dict(experiment)
         self._files = tokenizer_files(workdir) if jax.process_index() == 0 else {}

@@ -18,6 +18,7 @@ from .checkpoints import TrainCheckpoints
 from .evaluate import make_evaluation
 from .feed import Feed, data_share
 from .hardware import peak_flops
+from .init_from import check_source
 from .interrupt import StopRequest
 from .ledger import Ledger, NonFiniteLoss
 from .metrics import Console, MetricsWriter
@@ -81,6 +82,7 @@ def train(
         if mesh is not None:
             stack.enter_context(use_mesh(mesh, experiment.rules))
         graphdef, abstract = abstract_state(experiment, mesh)
+        check_source(experiment, workdir)
         workdir, tokenizer, changes = open_workdir(workdir, experiment)
         stop = stack.enter_context(StopRequest())
 

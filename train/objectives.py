@@ -1,28 +1,20 @@
-"""Objectives: from a model and a batch to sums, which the step divides once.
-
-``objective(model, batch, key) -> (loss_sum, weight_sum, metric_sums)``: float32 scalars summed over
-the batch's tokens with their weights. Sums add up over microbatches, devices and batches of an
-evaluation alike. ``metric_sums["stats"]`` holds what the model counted (a router's loads), at the
-paths of the parameters that it is about.
-"""
+"""Objectives: from a model and a batch to sums (see :mod:`.sums`), which the step divides once."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..configs.experiment import NextToken, Objective
-from ..sharding import constrain
-from .layout import split_rows, ways
+from ..configs.experiment import AutoDeco, NextToken, Objective
+from .autodeco import autodeco
+from .layout import split_rows
+from .sums import Batch, Sums, num_chunks, shift
 
-Batch = Mapping[str, Array]
-Sums = tuple[Float[Array, ""], Float[Array, ""], dict[str, Any]]
 ObjectiveFn = Callable[[nnx.Module, Batch, jax.Array], Sums]
 
 
@@ -31,6 +23,8 @@ def make_objective(config: Objective) -> ObjectiveFn:
     match config:
         case NextToken():
             return functools.partial(next_token, config)
+        case AutoDeco():
+            return functools.partial(autodeco, config)
     raise TypeError(f"no objective for {config!r}")
 
 
@@ -65,28 +59,6 @@ def next_token(config: NextToken, model: nnx.Module, batch: Batch, key: jax.Arra
     return loss, jnp.sum(weights), sums | {"stats": stats}
 
 
-def shift(batch: Batch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """``(targets, weights)``: the next token at every position, and what predicting it counts.
-
-    A document's last position, padding and the end of the row count nothing.
-    """
-
-    def following(x):
-        # A shift along a dimension that may be sharded; these arrays are small.
-        x = jnp.roll(constrain(x, "batch", None), -1, axis=1)
-        return constrain(x, "batch", "seq")
-
-    tokens = batch["tokens"]
-    segment_ids = batch.get("segment_ids")
-    segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-    inside = jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1
-    inside = inside & (segment_ids > 0) & (following(segment_ids) == segment_ids)
-    weights = inside.astype(jnp.float32)
-    if "loss_weights" in batch:
-        weights *= following(batch["loss_weights"].astype(jnp.float32))
-    return following(tokens), weights
-
-
 def cross_entropy(
     logits_of: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
     hidden: Float[Array, "B T D"],
@@ -103,7 +75,7 @@ def cross_entropy(
     divide the sequence length; one with few divisors makes them smaller than need be.
     """
     vocab_size = jax.eval_shape(logits_of, hidden).shape[-1]
-    chunks = _num_chunks(*targets.shape, vocab_size, max_logits)
+    chunks = num_chunks(*targets.shape, vocab_size, max_logits, ("batch", "seq", "vocab"))
     sums = functools.partial(_token_sums, logits_of, z_loss)
     if chunks == 1:
         return sums(hidden, targets, weights)
@@ -129,11 +101,3 @@ def _token_sums(logits_of, z_loss, hidden, targets, weights) -> dict[str, Float[
         "z_loss": z_loss * jnp.sum(weights * log_z**2),
         "accuracy": jnp.sum(weights * right),
     }
-
-
-def _num_chunks(rows: int, length: int, vocab_size: int, max_logits: int) -> int:
-    """The least divisor of the (local) sequence length that makes chunks small enough."""
-    logits = rows * length * vocab_size / ways("batch", "seq", "vocab")
-    local = max(length // ways("seq"), 1)
-    sizes = (n for n in range(1, local) if local % n == 0)
-    return next((n for n in sizes if logits / n <= max_logits), local)

@@ -16,9 +16,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
-from ..configs.experiment import Experiment
+from ..configs.experiment import AutoDeco, Experiment
 from ..errors import InputError
 from ..model.registry import build_model
+from ..model.retrofit import attach
 from ..sharding import (
     Params,
     init_compiler_options,
@@ -27,8 +28,9 @@ from ..sharding import (
     split,
     use_mesh,
 )
+from .init_from import load_base
 from .layout import place_param, replicate, split_rows
-from .objectives import Batch, make_objective
+from .objectives import make_objective
 from .optimizers import (
     ParamInfo,
     flatten,
@@ -40,6 +42,7 @@ from .optimizers import (
     unflatten,
 )
 from .schedules import make_schedule
+from .sums import Batch, with_row_keys
 
 Build = Callable[[jax.Array], nnx.Module]
 Metrics = dict[str, jax.Array]
@@ -74,21 +77,27 @@ def init_state(
     Args:
         experiment: its settings; the values depend on ``train.seed`` and not on the mesh.
         mesh: of ``make_mesh(experiment.mesh)``; None is one device.
-        build: makes the module from a key, where surgery follows ``build_model``.
+        build: makes the module from a key in place of ``build_model``; retrofits come on top.
 
     Raises:
-        InputError: a parameter or the batch does not divide over the mesh.
+        InputError: a parameter or the batch does not divide over the mesh, or ``init_from`` holds
+            no model that fits.
     """
     graphdef, abstract = abstract_state(experiment, mesh, build=build)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    base = {} if experiment.init_from is None else load_base(experiment, flatten(abstract.params))
+    # What is loaded is handed through; only what is new is drawn.
     init = jax.jit(
-        _init_fn(experiment, build), out_shardings=places, compiler_options=init_compiler_options()
+        _init_fn(experiment, build),
+        out_shardings=places,
+        donate_argnums=1,
+        compiler_options=init_compiler_options(),
     )
     key = jax.random.key(experiment.train.seed)
     if mesh is None:
-        return graphdef, init(key)
+        return graphdef, init(key, base)
     with use_mesh(mesh, experiment.rules):
-        return graphdef, init(key)
+        return graphdef, init(key, base)
 
 
 def abstract_state(
@@ -100,10 +109,10 @@ def abstract_state(
     """
     if mesh is not None:
         check_batch(experiment, mesh)
-    make = build or functools.partial(build_model, experiment.model)
+    make = _module_fn(experiment, build)
     module = nnx.eval_shape(lambda: make(jax.random.key(0)))
     graphdef, params = split(module)
-    state = jax.eval_shape(_init_fn(experiment, build), jax.random.key(0))
+    state = jax.eval_shape(_init_fn(experiment, build), jax.random.key(0), {})
     if mesh is None:
         everywhere, places = SingleDeviceSharding(jax.devices()[0]), {}
     else:
@@ -117,12 +126,19 @@ def abstract_state(
     return graphdef, jax.tree.map_with_path(locate, state)
 
 
-def _init_fn(experiment: Experiment, build: Build | None) -> Callable[[jax.Array], TrainState]:
+def _module_fn(experiment: Experiment, build: Build | None) -> Build:
+    """The experiment's module from a key, retrofits and all."""
     make = build or functools.partial(build_model, experiment.model)
+    return lambda key: attach(make(key), experiment.retrofits, key)
 
-    def init(key):
+
+def _init_fn(experiment: Experiment, build: Build | None) -> Callable[..., TrainState]:
+    make = _module_fn(experiment, build)
+
+    def init(key, base):
         module = make(key)
         info, params = param_info(module), split(module)[1]
+        params = unflatten(flatten(params) | base, info)
         optimizer = make_optimizer(experiment.optimizer, _schedule(experiment), info)
         return TrainState(
             step=jnp.zeros([], jnp.int32),
@@ -182,10 +198,11 @@ def make_train_step(
     """The jitted ``(state, batch) -> (state, metrics)``; donates ``state``.
 
     ``batch`` holds the global batch's ``[B, T]`` arrays. Metrics are float32 scalars of this step:
-    ``loss``, the objective's own (``nll``, ``accuracy``, ``z_loss``) as means over ``weight``,
-    ``grad_norm`` before clipping, ``param_norm`` after the update, ``lr``, ``load_imbalance`` (the
-    busiest expert's load over the mean one, of the worst router) and the bool ``finite``. Where
-    that is False, the loss or the gradient was not, and the state is returned as it came.
+    ``loss``, the objective's own (``nll``, ``accuracy``, ``z_loss``) as means over ``weight``, each
+    further term of the loss as a mean over its own weight, ``grad_norm`` before clipping,
+    ``param_norm`` after the update, ``lr``, ``load_imbalance`` (the busiest expert's load over the
+    mean one, of the worst router) and the bool ``finite``. Where that is False, the loss or the
+    gradient was not, and the state is returned as it came.
     """
     config = experiment.train
     objective, schedule = make_objective(experiment.objective), _schedule(experiment)
@@ -201,13 +218,19 @@ def make_train_step(
             loss, weight, sums = objective(model, batch, key)
             stats = flatten(sums.pop("stats", {}))
             sums = {"loss": loss, "weight": weight, **sums, "stats": stats}
-            return loss, jax.tree.map(replicate, sums)
+            further = {name: term for name, (term, _) in sums.get("terms", {}).items()}
+            return {"loss": loss, **further}, jax.tree.map(replicate, sums)
 
         key = jax.random.fold_in(_data_key(config.seed), state.step)
+        batch = with_row_keys(batch, key)
         grads, sums = _accumulate(loss_fn, trained, batch, key, config.accumulation)
         stats = sums.pop("stats")
         metrics = summarise(sums)
-        grads = {n: g / _positive(sums["weight"]) for n, g in grads.items()}
+        weights = {"loss": sums["weight"]} | {n: w for n, (_, w) in sums.get("terms", {}).items()}
+        grads = {
+            name: sum(grads[term][name] / _positive(weight) for term, weight in weights.items())
+            for name in trained
+        }
 
         norm = global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
@@ -245,15 +268,25 @@ def make_train_step(
 
 
 def _accumulate(loss_fn, trained, batch: Batch, key: jax.Array, parts: int):
-    """Gradients and sums of the whole batch, taken in ``parts`` microbatches."""
-    grad_fn = jax.grad(loss_fn, has_aux=True)
+    """Every loss term's gradient, and the sums, of the whole batch in ``parts`` microbatches."""
+
+    def grad_fn(trained, batch, key):
+        terms, pull_back, sums = jax.vjp(
+            lambda trained: loss_fn(trained, batch, key), trained, has_aux=True
+        )
+
+        def gradient(term):
+            return pull_back({n: jnp.full_like(x, n == term) for n, x in terms.items()})[0]
+
+        return {term: gradient(term) for term in terms}, sums
+
     if parts == 1:
         return grad_fn(trained, batch, jax.random.fold_in(key, 0))
     micro = {name: split_rows(x, parts) for name, x in batch.items()}
     first = {name: x[0] for name, x in micro.items()}
-    shapes = jax.eval_shape(loss_fn, trained, first, key)[1]
+    terms, shapes = jax.eval_shape(loss_fn, trained, first, key)
     zero = (
-        {n: jnp.zeros_like(x, jnp.float32) for n, x in trained.items()},
+        {t: {n: jnp.zeros_like(x, jnp.float32) for n, x in trained.items()} for t in terms},
         jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
     )
 
@@ -310,7 +343,17 @@ def _place_moments(opt_state: Any, info: Mapping[str, ParamInfo]) -> Any:
 
 
 def _trained(experiment: Experiment, info: Mapping[str, ParamInfo], flat: Mapping[str, Any]):
-    return {n: flat[n] for n in trainable(info, experiment.optimizer.trainable)}
+    names = trainable(info, experiment.optimizer.trainable)
+    if isinstance(experiment.objective, AutoDeco):
+        # The objective has no gradient for them; weight decay would still move them.
+        others = [n for n in names if not n.startswith("decoding_heads.")]
+        if others:
+            raise InputError(
+                f"optimizer.trainable={experiment.optimizer.trainable!r} would train {others[0]}, "
+                "and objective=autodeco trains decoding heads only; set optimizer.trainable="
+                r"'decoding_heads\..*'"
+            )
+    return {n: flat[n] for n in names}
 
 
 def _schedule(experiment: Experiment):
@@ -340,8 +383,8 @@ def make_eval_step(
     objective = make_objective(experiment.objective)
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        model = nnx.merge(graphdef, params)
-        loss, weight, sums = objective(model, batch, _data_key(experiment.train.seed))
+        model, key = nnx.merge(graphdef, params), _data_key(experiment.train.seed)
+        loss, weight, sums = objective(model, with_row_keys(batch, key), key)
         sums.pop("stats", None)
         return jax.tree.map(replicate, {"loss": loss, "weight": weight, **sums})
 
@@ -349,6 +392,14 @@ def make_eval_step(
 
 
 def summarise(sums: Mapping[str, jax.Array]) -> Metrics:
-    """Means over ``weight`` of every other sum; ``weight`` stays (the number of targets)."""
-    weight = sums["weight"]
-    return {n: s if n == "weight" else s / _positive(weight) for n, s in sums.items()}
+    """Means over ``weight`` of every other sum; ``weight`` stays (the number of targets).
+
+    A further term of the loss is a mean over its own weight, and added to ``loss``.
+    """
+    sums = dict(sums)
+    terms, weight = sums.pop("terms", {}), sums["weight"]
+    means = {n: s if n == "weight" else s / _positive(weight) for n, s in sums.items()}
+    for name, (term, own) in terms.items():
+        means[name] = term / _positive(own)
+        means["loss"] += means[name]
+    return means

@@ -14,6 +14,7 @@ from ..errors import InputError
 
 EXPERIMENT = "experiment.json"
 TOKENIZER = "tokenizer"
+CHECKPOINTS = "checkpoints"
 
 # What may differ when a run goes on. None of it changes what the run computes, beyond rounding,
 # except a longer `train.steps`, which moves the end of the schedule. A name stands for itself and
@@ -89,7 +90,7 @@ def may_change(path: str) -> bool:
 def _check_owner(workdir: epath.Path, experiment: Experiment) -> list[str]:
     path = workdir / EXPERIMENT
     if not path.exists():
-        if (workdir / "checkpoints").exists():
+        if (workdir / CHECKPOINTS).exists():
             raise InputError(
                 f"workdir={str(workdir)!r} has checkpoints but no {EXPERIMENT}; copy the one of a "
                 "checkpoint (checkpoints/<step>/documents/experiment.json) there, or use another "

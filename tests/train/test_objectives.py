@@ -6,7 +6,8 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxalope.configs import NextToken
 from jaxalope.sharding import MeshConfig, make_mesh, use_mesh
-from jaxalope.train.objectives import cross_entropy, make_objective, shift
+from jaxalope.train.objectives import cross_entropy, make_objective
+from jaxalope.train.sums import shift
 
 KEY = jax.random.key(0)
 
