@@ -7,7 +7,7 @@ checkpoint carries its own tokenizer.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import tokenizers as hf
@@ -51,6 +51,16 @@ class Tokenizer(Protocol):
         Where tokens are pieces of bytes the result may begin or end inside a code point (so a
         stream of tokens can be printed code point by code point); elsewhere it is `decode(ids)`
         encoded.
+        """
+        ...
+
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes that each id adds to a text that has begun, `vocab_size` of them.
+
+        None for ids that add none: special tokens, gaps. The mark of a word's beginning is a space.
+
+        Raises:
+          InputError: what an id adds depends on its neighbours (WordPiece, for one).
         """
         ...
 
@@ -109,6 +119,10 @@ class ByteTokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of `ids`; ids from 256 on have none."""
         return bytes(i for i in _check_ids(ids, self.vocab_size) if i < 256)
+
+    def token_bytes(self) -> list[bytes | None]:
+        """Each byte; None from id 256 on."""
+        return [bytes([i]) if i < 256 else None for i in range(self.vocab_size)]
 
     def save(self, directory: epath.PathLike) -> None:
         """Writes one small JSON file."""
@@ -214,6 +228,20 @@ class JsonTokenizer:
                 out += bytes(self._alphabet[c] for c in token)
         return bytes(out)
 
+    def token_bytes(self) -> list[bytes | None]:
+        """Of a byte-level vocabulary, or of one that the decoder joins without a look around."""
+        spec = json.loads(self._serialized)
+        added = self._tokenizer.get_added_tokens_decoder()
+        unknown = spec["model"].get("unk_token")
+        to_bytes = _piece_decoder(spec, self._alphabet)
+        out: list[bytes | None] = [None] * self.vocab_size
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if i in added:
+                out[i] = None if added[i].special else added[i].content.encode()
+            elif token != unknown:
+                out[i] = to_bytes(token)
+        return out
+
     def save(self, directory: epath.PathLike) -> None:
         """Writes the `tokenizer.json` unchanged, and the special ids."""
         special = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
@@ -225,6 +253,45 @@ def _is_byte_level(spec: dict[str, Any]) -> bool:
     decoder = spec.get("decoder") or {}
     parts = decoder.get("decoders", [decoder])
     return len(parts) == 1 and parts[0].get("type") == "ByteLevel"
+
+
+def _piece_decoder(spec: dict[str, Any], alphabet: dict[str, int] | None) -> Callable[[str], bytes]:
+    """From a token as the vocabulary has it to its bytes, by a `tokenizer.json`'s `decoder`."""
+    if alphabet is not None:
+        # The library takes a token with a character from outside the alphabet as plain text.
+        return lambda token: (
+            bytes(alphabet[c] for c in token) if alphabet.keys() >= set(token) else token.encode()
+        )
+    decoder = spec.get("decoder") or {"type": None}
+    replaced, byte_fallback, fused = [], False, False
+    for part in decoder.get("decoders", [decoder]):
+        match part:
+            case {"type": "Replace", "pattern": {"String": old}, "content": new} if not fused:
+                replaced.append((old, new))
+            case {"type": "Metaspace", "replacement": mark}:
+                # Takes a space away too, but at the beginning of a text only.
+                replaced.append((mark, " "))
+            case {"type": "ByteFallback"}:
+                byte_fallback = True
+            case {"type": "Fuse"}:
+                fused = True
+            case {"type": "Strip"} if fused:
+                pass  # The ends of the whole text.
+            case _:
+                raise InputError(
+                    f"tokenizer.json: what a token writes is not known from the token alone where "
+                    f"the decoder has a part {part['type']!r}; use a byte-level or "
+                    "SentencePiece-like tokenizer"
+                )
+
+    def decode(token: str) -> bytes:
+        if byte_fallback and (byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
+            return bytes([int(byte[1], 16)])
+        for old, new in replaced:
+            token = token.replace(old, new)
+        return token.encode()
+
+    return decode
 
 
 class SentencePieceTokenizer:
@@ -273,6 +340,19 @@ class SentencePieceTokenizer:
             int(re.fullmatch("<0x(..)>", self._processor.id_to_piece(i))[1], 16) for i in ids[end:]
         )
         return self._processor.decode(ids[:end]).encode() + tail
+
+    def token_bytes(self) -> list[bytes | None]:
+        """Pieces with U+2581 as a space, and bytes; None for control, unknown and unused ids."""
+        out: list[bytes | None] = []
+        for i in range(self.vocab_size):
+            piece, known = self._processor.id_to_piece(i), self._processor
+            if known.is_control(i) or known.is_unknown(i) or known.is_unused(i):
+                out.append(None)
+            elif known.is_byte(i):
+                out.append(bytes([int(piece[3:5], 16)]))
+            else:
+                out.append(piece.replace("\u2581", " ").encode())
+        return out
 
     def save(self, directory: epath.PathLike) -> None:
         """Writes the model unchanged."""
