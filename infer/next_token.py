@@ -90,22 +90,32 @@ def prefill(
     )
 
 
-def forward(model: nnx.Module, layout: CacheLayout, state: DecodeState) -> tuple[Forward, Any]:
-    """Read each row's last token: what comes next, and the cache (unmoved where a row is done)."""
+def last_token(state: DecodeState) -> Int[Array, "B 1"]:
+    """The last committed token of each row."""
     # A masked sum instead of a gather: it shards as the canvas does.
     last = jnp.arange(state.tokens.shape[1]) == state.length[:, None] - 1
-    token = jnp.sum(jnp.where(last, state.tokens, 0), axis=1, keepdims=True)
+    return jnp.sum(jnp.where(last, state.tokens, 0), axis=1, keepdims=True)
+
+
+def read(model: nnx.Module, tokens: Int[Array, "B T"], cache: Any) -> tuple[Forward, Any]:
+    """What the model says after each of ``tokens`` (axes ``[B, T, ...]``), and the new cache."""
     predicted = None
     heads = getattr(model, "decoding_heads", None)
     if heads is None:
-        logits, cache = model(token, state.cache)
+        logits, cache = model(tokens, cache)
     else:
-        hidden, cache, _ = model.hidden_states(token, state.cache)
+        hidden, cache, _ = model.hidden_states(tokens, cache)
         logits = model.logits(hidden)
-        predicted = tuple(x[:, 0] for x in heads(hidden, logits))
+        predicted = tuple(heads(hidden, logits))
     # Each row's vocabulary in one place: a policy ranks and draws over all of it.
-    logits = constrain(logits[:, 0], "batch", None)
-    return Forward(logits, predicted), layout.recurrent_where(~state.done, cache, state.cache)
+    return Forward(constrain(logits, "batch", None, None), predicted), cache
+
+
+def forward(model: nnx.Module, layout: CacheLayout, state: DecodeState) -> tuple[Forward, Any]:
+    """Read each row's last token: what comes next, and the cache (unmoved where a row is done)."""
+    said, cache = read(model, last_token(state), state.cache)
+    said = jax.tree.map(lambda x: x[:, 0], said)
+    return said, layout.recurrent_where(~state.done, cache, state.cache)
 
 
 def draw(
@@ -210,6 +220,16 @@ class NextToken:
     graphdef: nnx.GraphDef
     records: tuple[Record, ...] = (LogProb(),)
 
+    def bind(self, params: Params) -> nnx.Module:
+        """The model that the loop calls, of what its compiled functions get as ``params``."""
+        return nnx.merge(self.graphdef, params)
+
+    def step(
+        self, model: nnx.Module, policy: Policy, layout: CacheLayout, stop_tokens: Int[Array, "B S"]
+    ) -> Callable[[DecodeState], DecodeState]:
+        """The step of :attr:`decode`."""
+        return next_token_step(model, policy, layout, stop_tokens, self.records)
+
     @functools.cached_property
     def prefill(self):
         """Jitted ``(params, prompts [B, P], lengths, limits, seeds, samples, *, capacity, needs)``.
@@ -221,7 +241,7 @@ class NextToken:
             params, prompts, lengths, limits, seeds, samples, *, capacity, needs=frozenset()
         ):
             return prefill(
-                nnx.merge(self.graphdef, params),
+                self.bind(params),
                 prompts,
                 lengths,
                 limits,
@@ -240,10 +260,9 @@ class NextToken:
         def run_decode(
             params: Params, policy: Policy, state: DecodeState, stop_tokens, max_steps
         ) -> DecodeState:
-            model = nnx.merge(self.graphdef, params)
+            model = self.bind(params)
             layout = CacheLayout.of(model, state.tokens.shape[1])
-            step = next_token_step(model, policy, layout, stop_tokens, self.records)
-            return run(step, state, max_steps)
+            return run(self.step(model, policy, layout, stop_tokens), state, max_steps)
 
         return jax.jit(run_decode, donate_argnums=2)
 
@@ -255,7 +274,7 @@ class NextToken:
         """
 
         def run_fork(params, state, rows, limits, seeds, samples):
-            layout = CacheLayout.of(nnx.merge(self.graphdef, params), state.tokens.shape[1])
+            layout = CacheLayout.of(self.bind(params), state.tokens.shape[1])
             forked = state.take(layout, rows).with_limit(constrain(limits, "batch"))
             return dataclasses.replace(forked, key=constrain(row_keys(seeds, samples), "batch"))
 
@@ -269,7 +288,7 @@ class NextToken:
         """
 
         def run_forward(params, state):
-            model = nnx.merge(self.graphdef, params)
+            model = self.bind(params)
             layout = CacheLayout.of(model, state.tokens.shape[1])
             said, cache = forward(model, layout, state)
             return said, dataclasses.replace(state, cache=cache)
