@@ -82,6 +82,9 @@ class Policy:
         """Logits under hard constraints alone (a grammar): what is left where a row starves."""
         return logits
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise InputError if the policy names a token that the vocabulary does not have."""
+
     @classmethod
     def neutral(cls) -> Policy:
         """The stage that changes nothing, for the rows of a batch that do not have it."""
@@ -136,8 +139,10 @@ def one_hot_logits(chosen: Int[Array, "B"], vocab_size: int) -> Float[Array, "B 
 
 def needed(context: Context | None, stage: Policy) -> Context:
     """``context``; an error where a stage that reads it was called without."""
-    if context is None or ("predicted" in stage.needs and context.predicted is None):
-        what = "decoding heads" if "predicted" in stage.needs else "the tokens before"
+    lacks = {name for name in stage.needs if getattr(context, name, context) is None}
+    if lacks:
+        names = {"predicted": "decoding heads", "counts": "counts of the tokens before"}
+        what = names.get(min(lacks), "the tokens before")
         raise InputError(f"{type(stage).__name__} needs {what}; this model or call has none")
     return context
 
@@ -228,6 +233,11 @@ class Chain(Policy):
         for stage in self.policies:
             logits = stage.constrained(logits)
         return logits
+
+    def check_vocabulary(self, vocab_size):
+        """Raise InputError if one of the policies names a token beyond the vocabulary."""
+        for stage in self.policies:
+            stage.check_vocabulary(vocab_size)
 
 
 def stages(policy: Policy) -> tuple[Policy, ...]:
