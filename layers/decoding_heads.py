@@ -22,7 +22,7 @@ _MIN_TEMPERATURE = 1e-8
 _MASS_EPSILON = 1e-9
 _TOP = 5
 
-PerToken = Float[Array, "*shape"] | float
+PerToken = Float[Array, "*shape"] | float | int
 PerEntry = Float[Array, "*shape V"]
 
 
@@ -166,13 +166,17 @@ def soft_top_p_mask(probs: PerEntry, top_p: PerToken, sharpness: float = 30.0) -
 
 def soft_mask(mass: Array, top_p: Array, sharpness: float) -> Array:
     """The mask of tokens by the mass up to and including them."""
-    return jnp.exp(-sharpness * jnp.maximum(mass - top_p, 0))
+    # A rounded sum may exceed 1, of which the sharpness would make a visible mask at top_p = 1.
+    return jnp.exp(-sharpness * jnp.maximum(jnp.minimum(mass, 1) - top_p, 0))
 
 
 def soft_top_p(
     logits: PerEntry, temperature: PerToken, top_p: PerToken, sharpness: float = 30.0
 ) -> PerEntry:
     """Probabilities after the temperature and the soft mask: what training differentiates.
+
+    As published, 1e-9 is added to the normaliser: where the mask leaves little of a very likely
+    token, they sum to less than 1.
 
     Args:
         logits: of the model.

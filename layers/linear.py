@@ -29,15 +29,15 @@ class Linear(nnx.Module):
     ``[embed, heads, head_dim]`` and maps ``[B, T, D]`` to ``[B, T, N, K]``.
 
     Args:
-        in_axes: ``{logical axis: size}`` of the contracted dimensions.
+        in_axes: ``{logical axis: size}`` of the contracted dimensions; None is no axis.
         out_axes: ``{logical axis: size}`` of the produced ones.
         stddev: of the initial weights.
     """
 
     def __init__(
         self,
-        in_axes: dict[str, int],
-        out_axes: dict[str, int],
+        in_axes: dict[str | None, int],
+        out_axes: dict[str | None, int],
         *,
         rngs: nnx.Rngs,
         stddev: float = 0.02,
