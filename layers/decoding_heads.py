@@ -151,7 +151,7 @@ def distribution_stats(
 # ------------------------------------------------------------------------------------ the policies
 
 
-def soft_top_p_mask(probs: PerEntry, top_p: PerToken, sharpness: float = 30.0) -> PerEntry:
+def soft_top_p_mask(probs: PerEntry, top_p: PerToken, sharpness: PerToken = 30.0) -> PerEntry:
     """``exp(-sharpness * max(c - top_p, 0))``, ``c`` the mass of all tokens as likely or likelier.
 
     Differentiable in both arguments. The token that crosses ``top_p`` is damped already, which the
@@ -160,11 +160,11 @@ def soft_top_p_mask(probs: PerEntry, top_p: PerToken, sharpness: float = 30.0) -
     _check(top_p, sharpness)
     order = jnp.argsort(-probs, axis=-1, stable=True)
     mass = jnp.cumsum(jnp.take_along_axis(probs, order, axis=-1), axis=-1)
-    mask = soft_mask(mass, jnp.asarray(top_p)[..., None], sharpness)
+    mask = soft_mask(mass, *(jnp.asarray(x)[..., None] for x in (top_p, sharpness)))
     return jnp.take_along_axis(mask, jnp.argsort(order, axis=-1), axis=-1)
 
 
-def soft_mask(mass: Array, top_p: Array, sharpness: float) -> Array:
+def soft_mask(mass: Array, top_p: Array, sharpness: Array | float) -> Array:
     """The mask of tokens by the mass up to and including them."""
     # A rounded sum may exceed 1, of which the sharpness would make a visible mask at top_p = 1.
     return jnp.exp(-sharpness * jnp.maximum(jnp.minimum(mass, 1) - top_p, 0))
@@ -224,8 +224,8 @@ def _logit(p: float) -> float:
     return math.log(p) - math.log1p(-p)
 
 
-def _check(top_p, sharpness: float = 1.0) -> None:
+def _check(top_p, sharpness=1.0) -> None:
     if isinstance(top_p, int | float) and not 0 < top_p <= 1:
         raise InputError(f"top_p={top_p} must be above 0 and at most 1 (1 keeps every token)")
-    if not sharpness > 0:
+    if isinstance(sharpness, int | float) and not sharpness > 0:
         raise InputError(f"sharpness={sharpness} must be positive; 30 is the published one")
