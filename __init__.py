@@ -8,16 +8,30 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "BadWords": "infer",
     "Chain": "infer",
     "Generation": "infer",
+    "GrammarMask": "infer",
     "Greedy": "infer",
     "InputError": "errors",
+    "LogitBias": "infer",
+    "MinNewTokens": "infer",
+    "MinP": "infer",
     "Model": "model",
+    "NoRepeatNgram": "infer",
     "Piece": "infer",
     "Policy": "infer",
+    "Predicted": "infer",
+    "PresenceFrequencyPenalty": "infer",
+    "RepetitionPenalty": "infer",
+    "SoftTopP": "infer",
     "Temperature": "infer",
+    "TopK": "infer",
+    "TopP": "infer",
+    "Typical": "infer",
     "generate": "infer",
     "load": "model",
+    "parse_policy": "infer",
     "stream": "infer",
 }
 

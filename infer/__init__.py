@@ -1,20 +1,38 @@
 """Floor 3: decoding: policies, the loop, its steps, and ``generate``."""
 
+from .constraints import BadWords, GrammarMask, LogitBias, MinNewTokens
 from .generate import Generation, Piece, generate, stream
 from .loop import DecodeState, run
 from .next_token import NextToken
+from .parse import parse_policy
+from .penalties import NoRepeatNgram, PresenceFrequencyPenalty, RepetitionPenalty
 from .policy import Chain, Greedy, Policy, Temperature
+from .truncation import MinP, Predicted, SoftTopP, TopK, TopP, Typical
 
 __all__ = [
+    "BadWords",
     "Chain",
     "DecodeState",
     "Generation",
+    "GrammarMask",
     "Greedy",
+    "LogitBias",
+    "MinNewTokens",
+    "MinP",
     "NextToken",
+    "NoRepeatNgram",
     "Piece",
     "Policy",
+    "Predicted",
+    "PresenceFrequencyPenalty",
+    "RepetitionPenalty",
+    "SoftTopP",
     "Temperature",
+    "TopK",
+    "TopP",
+    "Typical",
     "generate",
+    "parse_policy",
     "run",
     "stream",
 ]
