@@ -106,6 +106,8 @@ def make_batch(
             raise InputError(
                 f"policy has {len(policies)} entries for {count} prompts; give one each, or one"
             )
+    for own in policies:
+        own.check_vocabulary(model.config.vocab_size)
     stops = _stops(model, stop_tokens, count)
 
     # A mesh takes whole shares of the batch: copies of the last prompt, done from the start, fill
