@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "BadWords": "infer",
+    "BeamResult": "infer",
     "Chain": "infer",
     "Generation": "infer",
     "GrammarMask": "infer",
@@ -29,6 +30,7 @@ _PUBLIC = {
     "TopK": "infer",
     "TopP": "infer",
     "Typical": "infer",
+    "beam_search": "infer",
     "generate": "infer",
     "load": "model",
     "parse_policy": "infer",

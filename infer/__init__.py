@@ -1,5 +1,6 @@
 """Floor 3: decoding: policies, the loop, its steps, and ``generate``."""
 
+from .beam import BeamResult, beam_search
 from .constraints import BadWords, GrammarMask, LogitBias, MinNewTokens
 from .generate import Generation, Piece, generate, stream
 from .loop import DecodeState, run
@@ -11,6 +12,7 @@ from .truncation import MinP, Predicted, SoftTopP, TopK, TopP, Typical
 
 __all__ = [
     "BadWords",
+    "BeamResult",
     "Chain",
     "DecodeState",
     "Generation",
@@ -31,6 +33,7 @@ __all__ = [
     "TopK",
     "TopP",
     "Typical",
+    "beam_search",
     "generate",
     "parse_policy",
     "run",
