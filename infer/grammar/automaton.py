@@ -22,9 +22,7 @@ _MASK_BYTES = 1 << 26
 class ByteAutomaton:
     """Deterministic automaton over bytes of an expression; None is the state of no way out."""
 
-    def __init__(self, expression: Expression, most_states: int = _MOST_STATES):
-        """Args: the language; `most_states`, above which the table is begun anew."""
-        self._most_states = most_states
+    def __init__(self, expression: Expression):
         self._clear()
         self.start = expression if self._derivatives.alive(expression) else None
 
@@ -63,7 +61,7 @@ class ByteAutomaton:
         self._filled[0] = True
 
     def _bound(self) -> None:
-        if len(self._states) > self._most_states:
+        if len(self._states) > _MOST_STATES:
             self._clear()
 
     def _number(self, state: Expression | None) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .expression import (
-    _ALL_BYTES,
+    ALL_BYTES,
     ANYTHING,
     EMPTY,
     NOTHING,
@@ -73,7 +73,7 @@ class Derivatives:
                 )
             case Complement(body=body):
                 moves = self.moves(body)
-                others = _ALL_BYTES & ~sum(s for s, _ in moves)
+                others = ALL_BYTES & ~sum(s for s, _ in moves)
                 return _union([*((s, complement(rest)) for s, rest in moves), (others, ANYTHING)])
         raise AssertionError(f"unknown expression {type(node).__name__}")
 

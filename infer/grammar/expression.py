@@ -115,7 +115,7 @@ def _interned(kind: type, nullable: bool, plain: bool, **parts) -> Expression:
 
 NOTHING = _interned(Nothing, nullable=False, plain=True)
 EMPTY = _interned(Empty, nullable=True, plain=True)
-_ALL_BYTES = (1 << 256) - 1
+ALL_BYTES = (1 << 256) - 1
 
 
 def byte_set(allowed: int) -> Expression:

@@ -1,9 +1,10 @@
 """Grammars by the libraries llguidance and xgrammar, behind our protocol.
 
-Both are compiled code, a hundred times faster than Python at a large vocabulary, and know more of
-JSON Schema. What they share with the Python backend is the protocol and the meaning of a mask; each
-has its own dialect of regular expressions and its own opinion on keywords (xgrammar leaves some
-assertions out without a word). The end of sequence is ours in both: the libraries differ in it.
+Both are compiled code and know more of JSON Schema than `json_schema.py`. They share the protocol
+and the meaning of a mask with the Python backend; each has its own dialect of regular expressions
+and its own opinion on keywords. xgrammar (0.2) leaves some assertions out without a word
+(`uniqueItems`) and lets control characters and surrogates into JSON strings, unescaped. The end of
+sequence is ours in both: the libraries differ in it.
 """
 
 from __future__ import annotations

@@ -48,7 +48,6 @@ class _Compiler(Protocol):
     def lark(self, text: str) -> Grammar: ...
 
 
-# In this order where none is asked for; Python is always there.
 _BACKENDS = {"llguidance": LLGuidance, "xgrammar": XGrammar, "python": _Python}
 
 
@@ -65,8 +64,9 @@ class _Spec:
           vocabulary: of the model's tokenizer, or the tokenizer itself. Where several grammars are
             compiled, one `Vocabulary` for all saves the work of reading it.
           eos_id: ends a text, instead of the vocabulary's own.
-          backend: `"llguidance"`, `"xgrammar"` or `"python"`; None takes the first of them that is
-            installed.
+          backend: `"llguidance"`, `"xgrammar"` or `"python"`; None is llguidance where it is
+            installed, else Python. (xgrammar is taken by name only: the strings of its JSON may
+            hold bytes that no JSON parser takes.)
 
         Raises:
           InputError: the grammar is wrong, or the backend does not support it or is missing.
@@ -76,11 +76,11 @@ class _Spec:
         if eos_id is not None and eos_id != vocabulary.eos_id:
             vocabulary = dataclasses.replace(vocabulary, eos_id=eos_id)
         if backend is None:
-            backend = next(name for name in _BACKENDS if name == "python" or installed(name))
+            backend = "llguidance" if installed("llguidance") else "python"
         if backend not in _BACKENDS:
             raise InputError(
-                f"backend={backend!r} is unknown; use one of {', '.join(map(repr, _BACKENDS))}, or "
-                "None for the first that is installed"
+                f"backend={backend!r} is unknown; use None, or one of "
+                f"{', '.join(map(repr, _BACKENDS))}"
             )
         return self._compile(_BACKENDS[backend](vocabulary))
 

@@ -90,6 +90,15 @@ def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):
     assert back.encode(TEXTS[2]) == tokenizer.encode(TEXTS[2])
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_the_tokens_of_a_text_are_its_bytes(tokenizer, text):
+    table = tokenizer.token_bytes()
+    assert len(table) == tokenizer.vocab_size
+    assert b"".join(table[i] for i in tokenizer.encode(text)) == text.encode()
+    assert {bytes([b]) for b in range(256)} <= set(table)
+    assert table[tokenizer.eos_id] is None and table[tokenizer.pad_id] is None
+
+
 @pytest.mark.parametrize("wrong", [-1, 100_000])
 def test_an_id_outside_the_vocabulary_is_named(tokenizer, wrong):
     ids = [*tokenizer.encode("ok"), wrong]
@@ -126,6 +135,56 @@ def test_json_settings_of_a_training_batch_do_not_cut_or_pad(tmp_path):
     ours = load_tokenizer(tmp_path / "tokenizer.json")
     assert ours.decode(ours.encode(TEXTS[1])) == TEXTS[1]
     assert len(ours.encode("a")) == 1
+
+
+def pieces(decoder, vocab, **model):
+    """A `tokenizer.json` that only says what its tokens are."""
+    spec = json.loads(hf.Tokenizer(hf.models.BPE()).to_str())
+    spec["model"] |= {"vocab": {token: i for i, token in enumerate(vocab)}, **model}
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec["added_tokens"] = [
+        {"id": 0, "content": vocab[0], "special": True, **added},
+        {"id": 1, "content": vocab[1], "special": False, **added},
+    ]
+    return JsonTokenizer(json.dumps({**spec, "decoder": decoder}))
+
+
+MARK = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+FALLBACK = {
+    "type": "Sequence",
+    "decoders": [MARK, {"type": "ByteFallback"}, {"type": "Fuse"}, STRIP],
+}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+
+
+@pytest.mark.parametrize("decoder", [FALLBACK, METASPACE])
+def test_token_bytes_of_pieces_with_a_mark(decoder):
+    vocab = ["</s>", "▁added", "<unk>", "▁the▁", "é", "<0xC3>"]
+    tokenizer = pieces(decoder, vocab, unk_token="<unk>")
+    byte = b"\xc3" if decoder is FALLBACK else b"<0xC3>"
+    expected = [None, "▁added".encode(), None, b" the ", "é".encode(), byte]
+    assert tokenizer.token_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        None,
+        {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        {"type": "Sequence", "decoders": [STRIP]},
+    ],
+)
+def test_token_bytes_that_depend_on_neighbours_are_refused(decoder):
+    with pytest.raises(InputError, match=r"from the token alone.*(None|WordPiece|Strip)"):
+        pieces(decoder, ["</s>", "b", "c"]).token_bytes()
+
+
+def test_token_bytes_of_a_gap_are_none():
+    spec = json.loads(byte_level_bpe().to_str())
+    spec["model"]["vocab"]["Ġgap"] = 1000
+    table = JsonTokenizer(json.dumps(spec)).token_bytes()
+    assert table[1000] == b" gap" and table[999] is None and len(table) == 1001
 
 
 def test_json_vocabulary_with_a_gap_is_as_long_as_its_highest_id():
