@@ -2,7 +2,8 @@
 
 from .beam import BeamResult, beam_search
 from .constraints import BadWords, GrammarMask, LogitBias, MinNewTokens
-from .generate import Generation, Piece, generate, stream
+from .driver import Generation
+from .generate import Piece, generate, stream
 from .loop import DecodeState, run
 from .next_token import NextToken
 from .parse import parse_policy

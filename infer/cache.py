@@ -60,7 +60,12 @@ class CacheLayout:
     @property
     def is_recurrent(self) -> bool:
         """Whether more than the length must be kept to go back."""
-        return sum(axis is None for axis in self.position) > 1
+        return len(self.recurrent_batch) > 1
+
+    @property
+    def recurrent_batch(self) -> tuple[int, ...]:
+        """The batch axis of every leaf of :meth:`recurrent`."""
+        return tuple(a for a, p in zip(self.batch, self.position, strict=True) if p is None)
 
     def map(self, fn: Callable[..., Array], *caches: Cache) -> Cache:
         """``fn(leaf, ..., batch_axis)`` of every leaf."""
@@ -74,7 +79,7 @@ class CacheLayout:
 
     def where(self, mask: Bool[Array, "B"], new: Cache, old: Cache) -> Cache:
         """``new``'s rows where ``mask``, ``old``'s elsewhere."""
-        return self.map(lambda a, b, axis: jnp.where(_along(mask, a, axis), a, b), new, old)
+        return self.map(lambda a, b, axis: jnp.where(along(mask, a, axis), a, b), new, old)
 
     def recurrent(self, cache: Cache) -> list[Array]:
         """The leaves to keep in order to return to this point."""
@@ -96,12 +101,14 @@ class CacheLayout:
         For rows that read a token once more: what is addressed by position is written again with
         what it was, only recurrent state would move on.
         """
-        axes = [a for a, p in zip(self.batch, self.position, strict=True) if p is None]
-        kept = zip(self.recurrent(new), self.recurrent(old), axes, strict=True)
-        return self.with_recurrent(new, [jnp.where(_along(mask, a, x), a, b) for a, b, x in kept])
+        kept = zip(self.recurrent(new), self.recurrent(old), self.recurrent_batch, strict=True)
+        return self.with_recurrent(
+            new, [jnp.where(along(mask, a, axis), a, b) for a, b, axis in kept]
+        )
 
 
-def _along(mask: Array, leaf: Array, axis: int) -> Array:
+def along(mask: Bool[Array, "B"], leaf: Array, axis: int) -> Bool[Array, "..."]:
+    """A row mask, shaped to broadcast against a leaf whose batch axis this is."""
     shape = [1] * leaf.ndim
     shape[axis] = mask.shape[0]
     return mask.reshape(shape)

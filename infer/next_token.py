@@ -280,30 +280,6 @@ class NextToken:
 
         return jax.jit(run_fork)
 
-    @functools.cached_property
-    def forward(self):
-        """Jitted ``(params, state) -> (Forward, state)``: the first half of a step; donates it.
-
-        With :attr:`draw`, the step in two: a host can compute a mask while the device reads.
-        """
-
-        def run_forward(params, state):
-            model = self.bind(params)
-            layout = CacheLayout.of(model, state.tokens.shape[1])
-            said, cache = forward(model, layout, state)
-            return said, dataclasses.replace(state, cache=cache)
-
-        return jax.jit(run_forward, donate_argnums=1)
-
-    @functools.cached_property
-    def draw(self):
-        """Jitted ``(policy, state, Forward, stop_tokens) -> state``: the second half; donates."""
-
-        def run_draw(policy, state, said, stop_tokens):
-            return draw_and_commit(policy, state, said, stop_tokens, self.records)
-
-        return jax.jit(run_draw, donate_argnums=1)
-
 
 def row_keys(seeds: Int[Array, "B"], samples: Int[Array, "B"]) -> PRNGKeyArray:
     """A key a row, from its request's seed and which of the request's samples it is."""

@@ -11,7 +11,7 @@ import jaxalope
 from jaxalope import Chain, Greedy, InputError, Model, Temperature
 from jaxalope.data.tokenizers import load_tokenizer
 from jaxalope.infer import NextToken
-from jaxalope.infer.generate import decoder_of
+from jaxalope.infer.driver import decoder_of
 from jaxalope.model import KimiLinearConfig, build_model
 from jaxalope.sharding import MeshConfig, init_params, make_mesh
 
