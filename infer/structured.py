@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 
 from ..errors import InputError
 from ..model.handle import Model
-from ..sharding import Params
+from ..sharding import Params, constrain
 from .cache import CacheLayout
 from .constraints import GrammarMask
 from .driver import Run
@@ -90,6 +90,7 @@ class Guided(NextToken):
         logits, cache = model(
             jnp.where(inside, before, 0), state.cache, segment_ids=inside.astype(jnp.int32)
         )
+        logits = constrain(logits, "batch", None, None)
         state = dataclasses.replace(state, cache=cache)
         for i in range(tokens.shape[1]):
             proposal = one_hot_logits(tokens[:, i], logits.shape[-1])
