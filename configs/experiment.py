@@ -69,8 +69,9 @@ class AutoDeco:
         easy_drop: share of the tokens that the model ranks first which the temperature term drops,
             drawn anew in every step.
         dft_weight: weigh every token by its probability under the model.
-        estimator: ``"published"``; ``"reweighted"``, where inverse probabilities undo the dropping
-            and the weight; or ``"conditional"``, which keeps both and corrects the likelihood.
+        estimator: ``"published"``, two terms; ``"likelihood"``, one cross-entropy of what would be
+            decoded, without dropping or weight; or ``"conditional"``, one that keeps both and
+            corrects for them.
         sharpness: of the soft top-p mask's edge.
         max_logits: most float32 numbers of a device that belong to logits, ranks and probabilities,
             alive at once (512 MiB); a larger batch x vocabulary is taken in chunks along the
@@ -81,7 +82,7 @@ class AutoDeco:
 
     easy_drop: float = 0.6
     dft_weight: bool = True
-    estimator: Literal["published", "reweighted", "conditional"] = "published"
+    estimator: Literal["published", "likelihood", "conditional"] = "published"
     sharpness: float = 30.0
     max_logits: int = 2**27
 
@@ -93,10 +94,10 @@ class AutoDeco:
             "must be in [0, 1); 0 keeps every token, 0.6 is published",
         )
         _require(
-            self.estimator in ("published", "reweighted", "conditional"),
+            self.estimator in ("published", "likelihood", "conditional"),
             "objective.estimator",
             self.estimator,
-            "use published, reweighted or conditional",
+            "use published, likelihood or conditional",
         )
         _require(
             self.sharpness > 0 and _finite(self.sharpness),

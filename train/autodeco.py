@@ -11,19 +11,21 @@ sum of two means::
 is kept with probability ``1 - easy_drop``, any other always: ``k(y)``. Each mean has a denominator
 of its own, over the whole global batch, so this objective returns two terms (see ``sums``).
 
-What it converges to. A temperature term picks labels with the rates ``s(y) = k(y) b(y)``, so its
-minimiser has ``p_T`` near ``q s`` and not ``q``. For ``q = p_T*`` without dropping this is exact:
-``T = T* / (1 + T*)``; dropping works the other way, and not by a constant. Two corrections, both
-with ``q`` as the only minimiser of the temperature term where ``q`` is a ``p_T``:
+It is biased. A temperature term picks labels at the rates ``s(y) = k(y) b(y)``, so its minimiser
+has ``p_T`` near ``q s / sum(q s)`` and not ``q``: for ``q = p_T*`` without dropping exactly ``T =
+T* / (1 + T*)``, while dropping pushes the other way. Without both (``easy_drop=0``,
+``dft_weight=False``) it is plain cross-entropy, which finds T*; inverse-probability weights ``1 /
+s(y)`` would give the same in expectation, with more variance. But where labels come of a truncated
+law, ``q = p~``, no ``p_T`` is ``q``: T then takes the truncation for a low temperature, and P has
+nothing left to find. The paper's text has a single cross-entropy of ``p~`` instead of two terms.
+The other estimators are of this form, means over valid positions, and minimal where ``p~`` is
+``q``:
 
-- ``reweighted``: every label counts ``1 / k(y)`` if kept and nothing for ``b``, over all valid
-  positions: in expectation over the draw this is plain cross-entropy, for any ``q``. Dropping then
-  only adds variance; without it the estimator *is* plain cross-entropy.
-- ``conditional``: the law of a *picked* label is ``p_T(v) s(v) / sum_u p_T(u) s(u)``; its
-  likelihood replaces ``p_T(y)``. So the emphasis on labels that the model believes in stays (with
-  the robustness that it is for), without the bias. Where ``q`` is no ``p_T``, it fits ``q s``.
-
-The top-p term has no dropping; the same two corrections are applied to its ``b``.
+- ``likelihood``: ``-log(p~(y) + 1e-9)``; no dropping, no weight.
+- ``conditional``: keeps dropping and weights, and with them the emphasis on labels that the model
+  believes in, which is a robust one where some labels are no draws of any ``p~``. What it scores is
+  the law of a *picked* label, ``p~(v) s(v) / sum_u p~(u) s(u)``, which is ``q s / sum(q s)`` where
+  ``p~`` is ``q``.
 """
 
 from __future__ import annotations
@@ -56,10 +58,10 @@ def autodeco(config: AutoDeco, model: nnx.Module, batch: Batch, key: jax.Array) 
         key: of the draw that drops easy tokens, where ``batch`` has no ``row_keys``.
 
     Returns:
-        Sums: the top-p term over the valid positions, and ``terms["temperature_loss"]`` over the
-        kept ones. Metrics are ``top_p_loss``, ``nll`` (of the label under ``p_T``, unweighted),
-        ``base_nll`` (at temperature 1), ``accuracy`` (of the model itself), the means of
-        ``temperature`` and ``top_p``, and ``kept``.
+        Sums: the term of ``p~`` over the valid positions, and, if published,
+        ``terms["temperature_loss"]`` over the kept ones. Metrics are ``top_p_loss``, ``nll`` (of
+        the label under ``p_T``, unweighted), ``base_nll`` (at temperature 1), ``accuracy`` (of the
+        model itself), ``kept``, and the means of ``temperature`` and ``top_p``.
     """
     targets, weights = shift(batch)
     hidden, _, stats = model.hidden_states(
@@ -81,8 +83,9 @@ def autodeco(config: AutoDeco, model: nnx.Module, batch: Batch, key: jax.Array) 
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total = jax.lax.scan(body, zero, parts)[0]
     term = (total.pop("temperature_loss"), total.pop("temperature_weight"))
-    total |= {"terms": {"temperature_loss": term}, "stats": stats}
-    return total["top_p_loss"], jnp.sum(weights), total
+    if config.estimator == "published":
+        total["terms"] = {"temperature_loss": term}
+    return total["top_p_loss"], jnp.sum(weights), total | {"stats": stats}
 
 
 def _chunk_sums(config, model, hidden, targets, weights, u) -> dict[str, Float[Array, ""]]:
@@ -126,7 +129,8 @@ def token_losses(
     """Both losses of every position, to be summed over valid ones.
 
     The published loss of a batch is ``sum(temperature_loss) / sum(temperature_weight) +
-    mean(top_p_loss)``; differentiable in ``temperature`` and ``top_p``.
+    mean(top_p_loss)``, that of the other estimators ``mean(top_p_loss)``. Differentiable in
+    ``temperature`` and ``top_p``.
 
     Args:
         config: easy_drop, dft_weight, estimator and sharpness are used.
@@ -144,7 +148,6 @@ def token_losses(
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     negated, ids = jax.lax.sort((-jax.lax.stop_gradient(logits), ids), is_stable=True, num_keys=1)
     ranked, label = -negated, ids == targets[..., None]
-    first = jnp.arange(size) == 0
 
     def at_label(x):
         return jnp.sum(jnp.where(label, x, 0), axis=-1)
@@ -166,21 +169,16 @@ def token_losses(
     masked = masked / (jnp.sum(masked, axis=-1, keepdims=True) + 1e-9)
     top_p_loss = -jnp.log(at_label(masked) + 1e-9)
 
-    loss, weight = kept * b * nll, kept
     if config.estimator == "published":
         top_p_loss = b * top_p_loss
-    elif config.estimator == "reweighted":
-        loss = kept / jnp.where(easy, 1 - config.easy_drop, 1) * nll
-        weight = jnp.ones_like(kept)
-    else:
-        log_b = log_base if config.dft_weight else jnp.zeros_like(log_base)
-        log_rate = log_b + jnp.where(first, jnp.log1p(-config.easy_drop), 0)
-        loss = kept * b * cross_entropy(warm + log_rate)
-        picked = jnp.sum(masked * jnp.exp(log_b), axis=-1)
-        top_p_loss = b * (top_p_loss - at_label(log_b) + jnp.log(picked + 1e-9))
+    elif config.estimator == "conditional":
+        log_rate = log_base if config.dft_weight else jnp.zeros_like(log_base)
+        log_rate += jnp.where(jnp.arange(size) == 0, jnp.log1p(-config.easy_drop), 0)
+        picked = jnp.sum(masked * jnp.exp(log_rate), axis=-1)
+        top_p_loss = kept * b * (top_p_loss - at_label(log_rate) + jnp.log(picked + 1e-9))
     return {
-        "temperature_loss": loss,
-        "temperature_weight": weight,
+        "temperature_loss": kept * b * nll,
+        "temperature_weight": kept,
         "top_p_loss": top_p_loss,
         "nll": nll,
         "base_nll": -at_label(log_base),
