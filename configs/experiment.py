@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..model.registry import config_from_dict, config_to_dict
-from ..model.retrofit import DecodingHeadsConfig, Retrofit
+from ..model.retrofit import AnyRetrofit, DecodingHeadsConfig
 from ..sharding import AxisRules, MeshConfig
 from . import fields
 
@@ -407,7 +407,7 @@ class Experiment:
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     rules: AxisRules = dataclasses.field(default_factory=AxisRules)
-    retrofits: tuple[Retrofit, ...] = ()
+    retrofits: tuple[AnyRetrofit, ...] = ()
     init_from: str | None = None
 
     def __post_init__(self):

@@ -1,12 +1,11 @@
 """Retrofits: parts added to a finished model, before its parameters are split off.
 
-A retrofit is a frozen dataclass of settings with a ``kind`` and one method,
-``attach(module, key)``, which performs the surgery in place. It may set attributes, new modules
-among them, wherever in the module it likes; but every parameter that was there keeps its path and
-its value. So the base's checkpoint fits by name, a frozen base stays byte-identical, and
-``optimizer.trainable`` can name what is new. :func:`attach`, the one door, checks it.
+A :class:`Retrofit` performs its surgery in place. It may set attributes, new modules among them,
+wherever in the module it likes; but every parameter that was there keeps its path and its value. So
+the base's checkpoint fits by name, a frozen base stays byte-identical, and ``optimizer.trainable``
+can name what is new. :func:`attach`, the one door, checks it.
 
-A new kind is a class here, a line in ``RETROFITS`` and a member of ``Retrofit``; building,
+A new kind is a class here, a line in ``RETROFITS`` and a member of ``AnyRetrofit``; building,
 training, ``init_from`` and loading need nothing else.
 """
 
@@ -16,7 +15,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,16 @@ from ..layers.decoding_heads import DecodingHeads
 from ..sharding import param_axes, path_name, shardings, split
 from .handle import Model
 from .registry import build_model
+
+
+@runtime_checkable
+class Retrofit(Protocol):
+    """Settings of one kind of surgery: a frozen dataclass."""
+
+    kind: ClassVar[str]
+
+    def attach(self, module: nnx.Module, key: jax.Array) -> None:
+        """Perform it; new parameters are drawn from ``key``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +81,9 @@ class DecodingHeadsConfig:
         )
 
 
-Retrofit = DecodingHeadsConfig
+AnyRetrofit = DecodingHeadsConfig
 
-RETROFITS: dict[str, type[Retrofit]] = {DecodingHeadsConfig.kind: DecodingHeadsConfig}
+RETROFITS: dict[str, type[AnyRetrofit]] = {DecodingHeadsConfig.kind: DecodingHeadsConfig}
 
 
 def attach(module: nnx.Module, retrofits: Sequence[Retrofit], key: jax.Array) -> nnx.Module:
@@ -162,7 +171,7 @@ def add_decoding_heads(model: Model, key: jax.Array, **settings: Any) -> Model:
 # ------------------------------------------------------------------------------------------ JSON
 
 
-def retrofits_from_list(values: Sequence[dict[str, Any]]) -> tuple[Retrofit, ...]:
+def retrofits_from_list(values: Sequence[dict[str, Any]]) -> tuple[AnyRetrofit, ...]:
     """The retrofits of an experiment's JSON: one object each, with its ``kind``.
 
     Raises:
