@@ -2,6 +2,7 @@
 
 from .beam import BeamResult, beam_search
 from .constraints import BadWords, GrammarMask, LogitBias, MinNewTokens
+from .drafts import Draft, DraftModel, PromptLookup
 from .driver import Generation
 from .generate import Piece, generate, stream
 from .loop import DecodeState, run
@@ -9,6 +10,7 @@ from .next_token import NextToken
 from .parse import parse_policy
 from .penalties import NoRepeatNgram, PresenceFrequencyPenalty, RepetitionPenalty
 from .policy import Chain, Greedy, Policy, Temperature
+from .speculative import Speculative
 from .truncation import MinP, Predicted, SoftTopP, TopK, TopP, Typical
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "BeamResult",
     "Chain",
     "DecodeState",
+    "Draft",
+    "DraftModel",
     "Generation",
     "GrammarMask",
     "Greedy",
@@ -28,8 +32,10 @@ __all__ = [
     "Policy",
     "Predicted",
     "PresenceFrequencyPenalty",
+    "PromptLookup",
     "RepetitionPenalty",
     "SoftTopP",
+    "Speculative",
     "Temperature",
     "TopK",
     "TopP",

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..model.handle import Model
+from .drafts import Drafter
 from .loop import FINISH_REASONS, STOPPED, DecodeState
 from .next_token import NextToken
 from .programs import program_of
@@ -33,6 +34,9 @@ class Generation:
             ``"cancelled"``.
         starved: whether a row's policy ever forbade every token.
         top: ``(ids [N, n], logprobs [N, n])`` of each position's likeliest tokens, if asked for.
+        drafted: tokens drafted for each row, in speculative decoding; drafts past its limit do not
+            count.
+        accepted: how many of them became the row's tokens.
     """
 
     tokens: list[np.ndarray]
@@ -41,13 +45,35 @@ class Generation:
     finish_reasons: list[str]
     starved: list[bool]
     top: list[tuple[np.ndarray, np.ndarray]] | None = None
+    drafted: list[int] | None = None
+    accepted: list[int] | None = None
 
 
 class Run:
-    """A batch being decoded, with what the host knows of it."""
+    """A batch being decoded, with what the host knows of it.
 
-    def __init__(self, model: Model, decoder: NextToken, batch: Batch, n: int, stop: Sequence[str]):
+    Args:
+        model: to decode with.
+        decoder: its compiled functions.
+        batch: the requests.
+        n: samples of each.
+        stop: strings that end a row.
+        drafter: what a speculative decoder takes beside the model's parameters.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        decoder: NextToken,
+        batch: Batch,
+        n: int,
+        stop: Sequence[str],
+        drafter: Drafter | None = None,
+    ):
         self.model, self.decoder = model, decoder
+        self.params, needs = model.params, batch.policy.needs
+        if drafter is not None:
+            self.params, needs = (model.params, drafter), needs | drafter.needs
         decode = (lambda _: "") if model.tokenizer is None else model.tokenizer.decode
         if stop and model.tokenizer is None:
             raise InputError(f"stop={list(stop)} needs a tokenizer; this model has none")
@@ -55,19 +81,19 @@ class Run:
             raise InputError(f"stop={list(stop)} holds an empty string, which would end every row")
         with model.context():
             state = decoder.prefill(
-                model.params,
+                self.params,
                 batch.prompts,
                 batch.lengths,
                 batch.limits,
                 batch.seeds,
                 batch.samples,
                 capacity=batch.capacity,
-                needs=batch.policy.needs,
+                needs=needs,
             )
             if n > 1:
                 batch, rows = batch.repeat(n, model.batch_ways())
                 state = decoder.fork(
-                    model.params, state, rows, batch.limits, batch.seeds, batch.samples
+                    self.params, state, rows, batch.limits, batch.seeds, batch.samples
                 )
         self.batch, self.state = batch, state
         self.streams = [TextStream(decode, stop) for _ in range(batch.count)]
@@ -92,7 +118,7 @@ class Run:
         """The device's part of :meth:`advance`."""
         batch = self.batch
         return self.decoder.decode(
-            self.model.params, batch.policy, state, batch.stop_tokens, jnp.int32(max_steps)
+            self.params, batch.policy, state, batch.stop_tokens, jnp.int32(max_steps)
         )
 
     def _read(self) -> None:
@@ -147,6 +173,10 @@ class Run:
         top = None
         if "top_ids" in records:
             top = [(records["top_ids"][i, s], records["top_logprobs"][i, s]) for i, s in _at(spans)]
+        drafted, accepted = (
+            [int(records[name][i, s].sum()) for i, s in _at(spans)] if name in records else None
+            for name in ("drafted", "accepted")
+        )
         return Generation(
             tokens=[state.tokens[i, s] for i, s in _at(spans)],
             text=[stream.text for stream in self.streams],
@@ -159,6 +189,8 @@ class Run:
             ],
             starved=[bool(state.starved[i]) for i in rows],
             top=top,
+            drafted=drafted,
+            accepted=accepted,
         )
 
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import InputError
 from ..model.handle import Model
+from .drafts import Draft
 from .driver import Generation, Run, decoder_of, records_for
 from .policy import Policy
 from .programs import program_of
 from .request import Prompts, make_batch
+from .speculative import Accepted, Drafted, Speculative
 from .structured import Grammars, Guided, GuidedRun, compiled_grammars
 
 # Steps between two looks of the host at what was drawn, where it looks at all.
@@ -45,6 +47,7 @@ def generate(
     top_logprobs: int = 0,
     logprobs: str = "raw",
     grammar: Grammars | None = None,
+    draft: Draft | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Generation:
     """Continue each prompt.
@@ -64,6 +67,8 @@ def generate(
         logprobs: ``"raw"`` under the model itself, ``"processed"`` under the policy's proposal.
         grammar: that texts must follow, such as ``grammar.Json()``, ``grammar.Regex(...)``: one for
             all prompts, or one each (None for none).
+        draft: decode speculatively, with drafts of a smaller model (:class:`DraftModel`) or of the
+            text itself (:class:`PromptLookup`): the same law in fewer calls of the model.
         cancel: asked now and then; once it says True the rows end as they are.
 
     Raises:
@@ -82,6 +87,7 @@ def generate(
         top_logprobs,
         logprobs,
         grammar,
+        draft,
     )
     watched = bool(stop) or cancel is not None
     while not run.finished:
@@ -102,6 +108,7 @@ def stream(
     stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     stop: Sequence[str] = (),
     grammar: Grammars | None = None,
+    draft: Draft | None = None,
     stride: int = 4,
 ) -> Iterator[Piece]:
     """Continue each prompt, yielding text while it grows; arguments as for :func:`generate`.
@@ -112,7 +119,16 @@ def stream(
     if stride < 1:
         raise InputError(f"stride={stride} must be at least 1")
     run = _start(
-        model, prompts, policy, max_new_tokens, seed, n, stop_tokens, stop, grammar=grammar
+        model,
+        prompts,
+        policy,
+        max_new_tokens,
+        seed,
+        n,
+        stop_tokens,
+        stop,
+        grammar=grammar,
+        draft=draft,
     )
     return _pieces(run, stride)
 
@@ -144,13 +160,27 @@ def _start(
     top_logprobs=0,
     logprobs="raw",
     grammar=None,
+    draft=None,
 ) -> Run:
     if n < 1:
         raise InputError(f"n={n} must be at least 1")
     if isinstance(stop, str):
         stop = (stop,)
-    batch = make_batch(model, prompts, policy, max_new_tokens, seed, stop_tokens)
     records = records_for(model, logprobs, top_logprobs)
+    if draft is not None:
+        if grammar is not None:
+            raise InputError(
+                "draft and grammar exclude each other: the host's masks come one by one"
+            )
+        if not hasattr(draft, "start"):
+            raise InputError(f"draft={draft!r} is no draft; give DraftModel(...) or PromptLookup()")
+        drafter = draft.start(model)
+        batch = make_batch(
+            model, prompts, policy, max_new_tokens, seed, stop_tokens, headroom=draft.num_tokens
+        )
+        decoder = program_of(model, Speculative, (*records, Drafted(), Accepted()))
+        return Run(model, decoder, batch, n, stop, drafter)
+    batch = make_batch(model, prompts, policy, max_new_tokens, seed, stop_tokens)
     if grammar is None:
         return Run(model, decoder_of(model, records), batch, n, stop)
     grammars = compiled_grammars(model, grammar, batch.count)

@@ -1,11 +1,11 @@
 """Beam search equals its plain description, and enumeration where its width leaves nothing out."""
 
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
 import pytest
+from exact import law, log_softmax, logits_of
 from toys import TableConfig, golden_model, table_model
 
 import jaxalope
@@ -36,51 +36,21 @@ def toy(request):
     return golden_model(request.param)
 
 
-def log_probs(model):
-    """``f(tokens)``: log-probabilities of the token after them, float64, from whole passes."""
-    module = model.module()
-    table = np.asarray(module.table[...], np.float64)
-    config, known = model.config, {}
-
-    def of(tokens):
-        tokens = tuple(tokens)
-        if tokens not in known:
-            recent = tokens[config.skip :][-config.order :] if config.order else ()
-            first = sum(config.vocab_size**level for level in range(len(recent)))
-            code = 0
-            for token in recent:
-                code = code * config.vocab_size + token
-            logits = table[first + code]
-            known[tokens] = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
-        return known[tokens]
-
-    return of
-
-
 def enumerate_all(model, prompt, stop, slots, penalty):
-    """Every complete response with its score, the best first."""
-    log_p, found = log_probs(model), []
-    for length in range(1, slots + 1):
-        for response in itertools.product(range(model.config.vocab_size), repeat=length):
-            complete = response[-1] == stop or length == slots
-            if stop in response[:-1] or not complete:
-                continue
-            total = sum(log_p([*prompt, *response[:i]])[t] for i, t in enumerate(response))
-            found.append((total / length**penalty, response))
-    return sorted(found, reverse=True)
+    """Every response with its score, the best first."""
+    probabilities = law(model, prompt, stop, slots)
+    return sorted(
+        ((np.log(p) / len(r) ** penalty, r) for r, p in probabilities.items()), reverse=True
+    )
 
 
 def plain_beam_search(model, prompt, width, stop, slots, penalty, early=False, allowed=None):
-    """The search in plain Python; ``stop`` are ids, ``allowed(beam)`` weighs the next tokens."""
-    plain_log_p, live, pool = log_probs(model), [(0.0, ())], []
+    """The search in plain Python; ``stop`` are ids, ``allowed(tokens)`` masks the next."""
+    logits, live, pool = logits_of(model), [(0.0, ())], []
 
     def log_p(tokens):
-        values = plain_log_p(tokens)
-        if allowed is None:
-            return values
-        p = np.exp(values) * allowed(tokens)
-        with np.errstate(divide="ignore"):
-            return np.log(p / p.sum())
+        forbidden = 0 if allowed is None else np.where(allowed(tokens), 0, -np.inf)
+        return log_softmax(logits(tokens) + forbidden)
 
     for length in range(1, slots + 1):
         total = [
