@@ -166,6 +166,11 @@ class ModelDrafter:
             policy = jax.tree.map(
                 lambda x: jnp.broadcast_to(x, (batch, *jnp.shape(x)[1:])), self.policy
             )
+        if "predicted" in policy.needs and getattr(model, "decoding_heads", None) is None:
+            raise InputError(
+                "draft: its model has no decoding heads, which the policy reads; give DraftModel a "
+                "policy of its own"
+            )
         # Nothing ends a row of this canvas: what comes after an end is not looked at.
         state = dataclasses.replace(
             state,
