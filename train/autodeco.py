@@ -145,7 +145,7 @@ def token_losses(
     """
     # One sort. In order of rank everything else is a sum; only the label's place is looked up.
     size = logits.shape[-1]
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    ids = jnp.zeros_like(logits, jnp.int32) + jnp.arange(size)
     negated, ids = jax.lax.sort((-jax.lax.stop_gradient(logits), ids), is_stable=True, num_keys=1)
     ranked, label = -negated, ids == targets[..., None]
 
