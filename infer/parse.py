@@ -73,9 +73,7 @@ def parse_policy(text: str, stop_tokens: Sequence[int] = ()) -> Policy:
         raise InputError("policy has greedy and temperature; give one of them")
     if MinNewTokens in fields:
         if not len(stop_tokens):
-            raise InputError(
-                "min_new_tokens holds stop tokens back; there are none, leave it out"
-            )
+            raise InputError("min_new_tokens holds stop tokens back; there are none, leave it out")
         fields[MinNewTokens]["stop_tokens"] = list(stop_tokens)
     if SoftTopP in fields and "p" not in fields[SoftTopP]:
         raise InputError("soft_top_p_sharpness is a setting of soft_top_p; give that too")

@@ -23,7 +23,7 @@ from ..errors import InputError
 IMPLEMENTATIONS = ("sort", "bisect")
 
 # Up to this vocabulary a sort is not slower: bench/policy_chain.py.
-_SORTED_VOCABULARY = 1024
+_SORTED_VOCABULARY = 64
 # A share that float32 rounding alone keeps from a target counts as reaching it.
 _SLACK = 2.0**-22
 
@@ -37,7 +37,7 @@ def check_implementation(policy: str, implementation: str | None) -> None:
         )
 
 
-def sorts(implementation: str | None, vocab_size: int) -> bool:
+def _sorts(implementation: str | None, vocab_size: int) -> bool:
     """Whether to sort: as told, or by the vocabulary's size."""
     return (implementation or ("sort" if vocab_size <= _SORTED_VOCABULARY else "bisect")) == "sort"
 
@@ -54,10 +54,20 @@ def kth_largest(
         bound: that no ``k`` exceeds, if one is known: a sort then ranks only so many.
     """
     size = keys.shape[-1]
-    if not sorts(implementation, size):
+
+    def rank(keys, k):
+        ranked = jax.lax.top_k(keys, size if bound is None else min(bound, size))[0]
+        return jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)[:, 0]
+
+    def cut(keys, k):
         return _bisect(lambda x: jnp.sum(keys >= x[:, None], -1, dtype=jnp.int32) >= k, keys)
-    ranked = jax.lax.top_k(keys, size if bound is None else min(bound, size))[0]
-    return jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)[:, 0]
+
+    if _sorts(implementation, size):
+        return rank(keys, k)
+    if implementation is None and bound is not None:
+        # On CPU the few largest are found in one pass; elsewhere XLA may sort everything.
+        return jax.lax.platform_dependent(keys, k, cpu=rank, default=cut)
+    return cut(keys, k)
 
 
 def smallest_set(
@@ -85,7 +95,7 @@ def smallest_set(
     keys = weights if same else keys
     total = _mass(weights)
     target = (total.astype(jnp.float32) * share * (1 - _SLACK)).astype(jnp.int32)
-    if not sorts(implementation, keys.shape[-1]):
+    if not _sorts(implementation, keys.shape[-1]):
         edge = _bisect(lambda x: _mass(jnp.where(keys >= x[:, None], weights, 0)) >= target, keys)
         return keys >= edge[:, None]
     if spare == "high":
@@ -111,7 +121,7 @@ def _mass(weights: Array, cumulative: bool = False) -> Int[Array, "..."]:
     Each weight is two integers, its units and the fraction that is left in as many bits as no sum
     over the row overflows: no order of summation changes either sum.
     """
-    bits = 31 - (weights.shape[-1] - 1).bit_length()
+    bits = 31 - max(1, (weights.shape[-1] - 1).bit_length())
     units = jnp.floor(weights)
     parts = units.astype(jnp.int32), ((weights - units) * 2**bits).astype(jnp.int32)
     add: Any = jnp.cumsum if cumulative else jnp.sum
@@ -122,7 +132,7 @@ def _mass(weights: Array, cumulative: bool = False) -> Int[Array, "..."]:
 def _bisect(
     enough: Callable[[Float[Array, "B"]], Bool[Array, "B"]], keys: Float[Array, "B V"]
 ) -> Float[Array, "B"]:
-    """The largest float that is ``enough``, which holds up to some key and not above.
+    """The largest key that is ``enough``, which holds up to some key and not above.
 
     Bisects the bits of floats, whose order is that of unsigned integers once negatives are turned
     around: 32 steps end at neighbours, whatever the keys.
@@ -136,7 +146,9 @@ def _bisect(
 
     low = jnp.full_like(keys[:, 0], -jnp.inf)
     ends = _bits(low), _bits(jnp.max(keys, axis=-1))
-    return _float(jax.lax.fori_loop(0, 32, step, ends)[0])
+    edge = _float(jax.lax.fori_loop(0, 32, step, ends)[0])
+    # A subnormal edge may be 0 to one comparison and not to the next; a key is itself to all.
+    return jnp.min(jnp.where(keys >= edge[:, None], keys, jnp.inf), axis=-1)
 
 
 _SIGN = np.uint32(0x80000000)

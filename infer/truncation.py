@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float
 
 from ..layers.decoding_heads import soft_top_p_mask
 from .policy import Policy, check, cool, needed, policy
-from .rows import per_row, power_of_two, row_map
+from .rows import per_row, row_map
 from .selection import check_implementation, kth_largest, smallest_set
 
-# Rows stacked for a sort have a bound from the first to the second of these, or none.
+# Few, since each is a compilation.
 _BOUNDS = 64, 1024
 
 
@@ -45,8 +45,8 @@ class TopK(_Selection):
     Attributes:
         k: how many.
         implementation: ``"sort"``, ``"bisect"``, or None to pick by the vocabulary's size.
-        bound: that no row's ``k`` exceeds, if known: a sort then ranks only so many tokens. Rows
-            stacked for a sort get one, a power of two.
+        bound: that no row's ``k`` exceeds, if known: only so many tokens are then ranked. Stacked
+            rows get one, unless they bisect or one wants more than 1024.
     """
 
     k: Any
@@ -73,12 +73,12 @@ class TopK(_Selection):
 
     @classmethod
     def stack(cls, stages: Sequence[Policy]) -> Policy:
-        """As :meth:`Policy.stack`, with a bound up to 1024 for a sort."""
+        """As :meth:`Policy.stack`, with the rows' bound."""
         stacked = super().stack([dataclasses.replace(stage, bound=None) for stage in stages])
         largest = int(np.max(stacked.k))
-        if stacked.implementation != "sort" or largest > _BOUNDS[1]:
+        if stacked.implementation == "bisect" or largest > _BOUNDS[-1]:
             return stacked
-        return dataclasses.replace(stacked, bound=max(_BOUNDS[0], power_of_two(largest)))
+        return dataclasses.replace(stacked, bound=next(b for b in _BOUNDS if b >= largest))
 
     def __call__(self, logits, context=None):
         """Keeps ``l >= (the k-th largest l)``."""
@@ -212,13 +212,8 @@ class Typical(_Selection):
 
         def keep(logits, mass):
             weights = _relative(logits)
-            total = jnp.sum(weights, axis=-1, keepdims=True)
-            # Of a token that is forbidden, or has no mass in float32, the surprise is infinite.
-            surprise = jnp.where(weights > 0, jnp.log(total) - _below_best(logits), jnp.inf)
-            entropy = jnp.sum(jnp.where(weights > 0, weights * surprise, 0), axis=-1, keepdims=True)
-            entropy = entropy / jnp.where(total > 0, total, 1)
-            distance = jnp.abs(surprise - entropy)
-            kept = smallest_set(-distance, weights, mass, self.implementation)
+            far = _distances(logits, weights)
+            kept = smallest_set(-far, weights, mass, self.implementation)
             return jnp.where(kept | (mass >= 1)[:, None], logits, -jnp.inf)
 
         return row_map(keep, logits, per_row(self.mass, len(logits)))
@@ -288,6 +283,15 @@ def _nucleus(
     """The fewest of the most likely tokens with mass ``p``; all at 1."""
     weights = _relative(logits)
     return smallest_set(weights, weights, p, implementation, spare=spare) | (p >= 1)[:, None]
+
+
+def _distances(logits: Float[Array, "B V"], weights: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """``|-log p - H|``; infinite where a token is forbidden or has no mass in float32."""
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    surprise = jnp.where(weights > 0, jnp.log(total) - _below_best(logits), jnp.inf)
+    shares = jnp.where(weights > 0, weights * surprise, 0)
+    entropy = jnp.sum(shares, axis=-1, keepdims=True) / jnp.where(total > 0, total, 1)
+    return jnp.abs(surprise - entropy)
 
 
 def _damped(logits: Array, p: Float[Array, "B"], sharpness: Float[Array, "B"]) -> Array:
