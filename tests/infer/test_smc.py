@@ -178,17 +178,35 @@ def test_copies_keep_the_keys_of_their_places(toy):
     assert after.resamplings == 1
 
 
-def test_hybrid_with_one_particle_is_temperature(hybrid):
-    """Same keys, same tokens."""
-    batch = make_batch(hybrid, PROMPTS, None, 8, 3, ())
-    found = sample_smc(hybrid, batch, alpha=2.0, t_max=8, num_particles=1, n=2)
-    plain = jaxalope.generate(hybrid, PROMPTS, Temperature(0.5), 8, 3, n=2, stop_tokens=())
-    assert found.text == plain.text
+def test_one_particle_has_the_keys_of_a_sample(toy):
+    found = sample(toy, 2, requests(toy, 2, seed=3), num_particles=1, n=20)
+    plain = jaxalope.generate(toy, [[0]] * 2, Temperature(0.5), 4, 3, n=20, stop_tokens=[3])
+    assert [t.tolist() for t in found.tokens] == [t.tolist() for t in plain.tokens]
     np.testing.assert_allclose(found.logprob, [x.sum() for x in plain.logprobs], rtol=1e-5)
 
 
+@pytest.mark.parametrize("particles", [3, 6, 8])
+def test_sharded_equals_one_device(toy, particles):
+    """Two sets of six straddle four shares of three rows."""
+    one, many = (
+        sample(
+            model,
+            4,
+            requests(model, 2),
+            num_particles=particles,
+            resample_threshold=0.8,
+            ladder=2,
+        )
+        for model in (toy, toys.sharded(toy))
+    )
+    assert [t.tolist() for t in one.tokens] == [t.tolist() for t in many.tokens]
+    np.testing.assert_allclose(one.log_evidence, many.log_evidence, atol=1e-5)
+    np.testing.assert_allclose(one.effective_sample_size, many.effective_sample_size, rtol=1e-5)
+    assert one.tokens_decoded == many.tokens_decoded
+
+
 def test_hybrid_sharded_equals_one_device(hybrid):
-    """Four shares of three rows: sets of six straddle them."""
+    """Copies of recurrent state, between devices."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     _, placed = init_params(lambda key: build_model(TINY, key), jax.random.key(0), mesh)
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), hybrid.params, placed)

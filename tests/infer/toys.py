@@ -16,13 +16,15 @@ import numpy as np
 from flax import nnx
 
 from jaxalope.model import Model
+from jaxalope.sharding import MeshConfig, constrain, make_mesh, take
 
+_ROWS = ("batch", None)
 SAMPLING = pathlib.Path(__file__).parent.parent / "fixtures" / "sampling"
 
 
 @dataclasses.dataclass(frozen=True)
 class TableConfig:
-    """``order`` last tokens decide; the first ``skip`` tokens of a row (its prompt) do not count."""
+    """The last ``order`` tokens decide; a row's first ``skip`` (its prompt) do not count."""
 
     vocab_size: int
     order: int
@@ -53,7 +55,8 @@ class TableLM(nnx.Module):
         c = self.config
         width = c.order if c.recurrent else max_length
         return TableCache(
-            memory=jnp.zeros((batch, width), jnp.int32), length=jnp.zeros((batch,), jnp.int32)
+            memory=constrain(jnp.zeros((batch, width), jnp.int32), "batch", None),
+            length=constrain(jnp.zeros((batch,), jnp.int32), "batch"),
         )
 
     def __call__(self, tokens, cache=None, *, segment_ids=None, positions=None):
@@ -90,13 +93,20 @@ class TableLM(nnx.Module):
                 token = jnp.take_along_axis(cache.memory, place[:, None], axis=1)[:, 0]
             code = jnp.where(back <= level, code * c.vocab_size + token, code)
         firsts = np.cumsum([0, *(c.vocab_size**n for n in range(c.order))])
-        return self.table[...][jnp.asarray(firsts)[level] + code]
+        return take(self.table[...], take(jnp.asarray(firsts), level, ["batch"]) + code, _ROWS)
 
 
 def table_model(config: TableConfig, table=None, seed: int = 0) -> Model:
     """A handle, as ``jaxalope.load`` returns for real models; it has no tokenizer."""
     graphdef, state = nnx.split(TableLM(config, rngs=nnx.Rngs(seed), table=table))
     return Model(config, graphdef, nnx.to_pure_dict(state))
+
+
+def sharded(model: Model) -> Model:
+    """The same model on eight devices: four shares of the batch, two of the vocabulary."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    place = jax.NamedSharding(mesh, jax.P(None, "tensor"))
+    return dataclasses.replace(model, mesh=mesh, params=jax.device_put(model.params, place))
 
 
 def golden() -> dict:
