@@ -23,6 +23,7 @@ _PUBLIC = {
     "NoRepeatNgram": "infer",
     "Piece": "infer",
     "Policy": "infer",
+    "PowerSamples": "infer",
     "Predicted": "infer",
     "PresenceFrequencyPenalty": "infer",
     "PromptLookup": "infer",
@@ -32,10 +33,14 @@ _PUBLIC = {
     "TopK": "infer",
     "TopP": "infer",
     "Typical": "infer",
+    "Vote": "infer",
     "beam_search": "infer",
+    "best_of_n": "infer",
     "generate": "infer",
     "load": "model",
     "parse_policy": "infer",
+    "power_sample": "infer",
+    "self_consistency": "infer",
     "stream": "infer",
 }
 

@@ -1,6 +1,7 @@
 """Floor 3: decoding: policies, the loop, its steps, and ``generate``."""
 
 from .beam import BeamResult, beam_search
+from .choose import Vote, best_of_n, self_consistency
 from .constraints import BadWords, GrammarMask, LogitBias, MinNewTokens
 from .drafts import Draft, DraftModel, PromptLookup
 from .driver import Generation
@@ -10,6 +11,8 @@ from .next_token import NextToken
 from .parse import parse_policy
 from .penalties import NoRepeatNgram, PresenceFrequencyPenalty, RepetitionPenalty
 from .policy import Chain, Greedy, Policy, Temperature
+from .power import power_sample
+from .samples import PowerSamples
 from .speculative import Speculative
 from .truncation import MinP, Predicted, SoftTopP, TopK, TopP, Typical
 
@@ -30,6 +33,7 @@ __all__ = [
     "NoRepeatNgram",
     "Piece",
     "Policy",
+    "PowerSamples",
     "Predicted",
     "PresenceFrequencyPenalty",
     "PromptLookup",
@@ -40,9 +44,13 @@ __all__ = [
     "TopK",
     "TopP",
     "Typical",
+    "Vote",
     "beam_search",
+    "best_of_n",
     "generate",
     "parse_policy",
+    "power_sample",
     "run",
+    "self_consistency",
     "stream",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 import sys
 
 from absl import app, flags, logging
@@ -9,52 +11,199 @@ from absl import app, flags, logging
 from ..errors import InputError
 
 _MODEL = flags.DEFINE_string("model", None, "A training workdir; required.")
+_STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; the newest if not given.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat for a batch.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens each prompt may get.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most likely token.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first prompt; each further one has the next.")
-_STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; the newest if not given.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations of each prompt.")
+_POLICY = flags.DEFINE_string(
+    "policy",
+    "temperature=1",
+    "What tokens are drawn by, such as 'temperature=0.7,top_p=0.95' or 'greedy'; see "
+    "docs/policies.md.",
+)
+_STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a continuation; may be repeated.")
+_STREAM = flags.DEFINE_bool("stream", False, "Print the text while it grows (one prompt).")
+_REGEX = flags.DEFINE_string("regex", None, "A regular expression that the text must match.")
+_JSON_SCHEMA = flags.DEFINE_string(
+    "json_schema", None, "A file with the JSON schema that the text must satisfy."
+)
 _DRAFT = flags.DEFINE_string(
     "draft", None, "Decode speculatively, with drafts of this workdir's model; or 'lookup'."
 )
 _DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 4, "Tokens drafted a step.")
+_METHOD = flags.DEFINE_enum(
+    "method",
+    "sample",
+    ["sample", "power", "smc", "lookahead", "beam"],
+    "How: sample from the policy; from p ** alpha by Metropolis-Hastings chains ('power'), by "
+    "particles ('smc') or by look-ahead; or search with beams.",
+)
+_ALPHA = flags.DEFINE_float("alpha", 4.0, "Exponent of 'power', 'smc' and 'lookahead'.")
+_BLOCK = flags.DEFINE_integer("block", None, "Tokens of a block of 'power'; 192 if not given.")
+_MCMC_STEPS = flags.DEFINE_integer("mcmc_steps", 10, "Steps in every block of 'power'.")
+_CUT = flags.DEFINE_string("cut", "padded", "Where 'power' cuts: padded, grid, live or entropy.")
+_PARTICLES = flags.DEFINE_integer("particles", 64, "Of 'smc'.")
+_BEAMS = flags.DEFINE_integer("beams", 4, "Of 'beam'.")
+
+# Flags that say something to these methods only.
+_OF_SAMPLE = ("policy", "stop", "stream", "regex", "json_schema", "draft")
+_OF_METHOD = {"block": "power", "mcmc_steps": "power", "cut": "power"}
+_OF_METHOD |= {"particles": "smc", "beams": "beam"}
 
 
 def main(argv: list[str]) -> None:
-    """Print every prompt with its continuation."""
+    """Print every prompt with its continuations."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; prompts are given by --prompt")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every read.
-    # After flag parsing, so that --help answers at once.
-    from .. import DraftModel, PromptLookup, generate, load
-    from .policy import Greedy, Temperature
-
     try:
-        if _MODEL.value is None:
-            raise InputError("--model is missing: the workdir of a training run")
-        policy = Temperature(_TEMPERATURE.value) if _TEMPERATURE.value else Greedy()
+        _check_flags()
+        # After flag parsing, so that --help answers at once.
+        from ..model import load
+
         model = load(_MODEL.value, step=_STEP.value)
-        draft = None
-        if _DRAFT.value == "lookup":
-            draft = PromptLookup(_DRAFT_TOKENS.value)
-        elif _DRAFT.value is not None:
-            draft = DraftModel(load(_DRAFT.value), num_tokens=_DRAFT_TOKENS.value)
-        generation = generate(
-            model,
-            _PROMPT.value,
-            policy,
-            _MAX_NEW_TOKENS.value,
-            seed=_SEED.value,
-            draft=draft,
-        )
+        if _METHOD.value == "sample":
+            _sample(model)
+        elif _METHOD.value == "beam":
+            _search(model)
+        else:
+            _power(model)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    for prompt, text in zip(_PROMPT.value, generation.text, strict=True):
-        print(prompt + text)
+
+
+def _check_flags() -> None:
+    if _MODEL.value is None:
+        raise InputError("--model is missing: the workdir of a training run")
+    given = [name for name in _OF_SAMPLE if flags.FLAGS[name].present]
+    if _METHOD.value == "beam" and given == ["policy"]:
+        given = []
+    if _METHOD.value != "sample" and given:
+        raise InputError(f"--{given[0]} is for --method=sample, not {_METHOD.value}; leave it out")
+    for name, method in _OF_METHOD.items():
+        if flags.FLAGS[name].present and _METHOD.value != method:
+            raise InputError(
+                f"--{name} is for --method={method}, not {_METHOD.value}; leave it out"
+            )
+    if _STREAM.value and len(_PROMPT.value) * _NUM_SAMPLES.value > 1:
+        raise InputError("--stream prints one text; give one --prompt and one sample")
+
+
+def _sample(model) -> None:
+    from .drafts import DraftModel, PromptLookup
+    from .generate import generate, stream
+    from .grammar import JsonSchema, Regex
+    from .parse import parse_policy
+
+    stops = () if model.tokenizer is None else (model.tokenizer.eos_id,)
+    settings = {
+        "policy": parse_policy(_POLICY.value, [s for s in stops if s is not None]),
+        "max_new_tokens": _MAX_NEW_TOKENS.value,
+        "seed": _SEED.value,
+        "n": _NUM_SAMPLES.value,
+        "stop": tuple(_STOP.value),
+    }
+    if _REGEX.value is not None and _JSON_SCHEMA.value is not None:
+        raise InputError("--regex and --json_schema exclude each other; give one")
+    if _REGEX.value is not None:
+        settings["grammar"] = Regex(_REGEX.value)
+    if _JSON_SCHEMA.value is not None:
+        settings["grammar"] = JsonSchema(_read_schema(_JSON_SCHEMA.value))
+    if _DRAFT.value == "lookup":
+        settings["draft"] = PromptLookup(_DRAFT_TOKENS.value)
+    elif _DRAFT.value is not None:
+        from ..model import load
+
+        settings["draft"] = DraftModel(load(_DRAFT.value), num_tokens=_DRAFT_TOKENS.value)
+
+    if _STREAM.value:
+        print(_PROMPT.value[0], end="", flush=True)
+        for piece in stream(model, _PROMPT.value, **settings):
+            print(piece.text, end="", flush=True)
+        print()
+        return
+    generation = generate(model, _PROMPT.value, **settings)
+    _print(generation.text)
     if generation.drafted is not None:
         counts = f"{sum(generation.accepted)} of {sum(generation.drafted)}"
         print(f"drafted tokens accepted: {counts}", file=sys.stderr)
+
+
+def _power(model) -> None:
+    import tqdm
+
+    from .power import power_sample
+
+    method = "mh" if _METHOD.value == "power" else _METHOD.value
+    settings = {}
+    bar = None
+    if method == "mh":
+        bar = tqdm.tqdm(unit="block", disable=None)
+
+        def progress(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        settings = {
+            "block": _BLOCK.value,
+            "n_mcmc": _MCMC_STEPS.value,
+            "cut": _CUT.value,
+            "progress": progress,
+        }
+    if method == "smc":
+        settings["num_particles"] = _PARTICLES.value
+    samples = power_sample(
+        model,
+        _PROMPT.value,
+        method=method,
+        alpha=_ALPHA.value,
+        t_max=_MAX_NEW_TOKENS.value,
+        n=_NUM_SAMPLES.value,
+        seed=_SEED.value,
+        **settings,
+    )
+    if bar is not None:
+        bar.close()
+    _print(samples.text)
+    report = {"tokens decoded": samples.tokens_decoded, "log p": samples.logprob.tolist()}
+    if samples.acceptance is not None:
+        report["acceptance of each block"] = samples.acceptance.tolist()
+    if samples.effective_sample_size is not None:
+        report["effective sample size"] = samples.effective_sample_size.tolist()
+    for name, value in report.items():
+        print(f"{name}: {value}", file=sys.stderr)
+
+
+def _search(model) -> None:
+    from .beam import beam_search
+    from .parse import parse_policy
+
+    found = beam_search(
+        model,
+        _PROMPT.value,
+        _BEAMS.value,
+        _MAX_NEW_TOKENS.value,
+        n=_NUM_SAMPLES.value,
+        policy=parse_policy(_POLICY.value) if flags.FLAGS["policy"].present else None,
+    )
+    for prompt, texts, scores in zip(_PROMPT.value, found.text, found.scores, strict=True):
+        for text in texts:
+            print(prompt + text)
+        print(f"scores: {scores}", file=sys.stderr)
+
+
+def _print(text: list[str]) -> None:
+    for i, continuation in enumerate(text):
+        print(_PROMPT.value[i // _NUM_SAMPLES.value] + continuation)
+
+
+def _read_schema(path: str):
+    try:
+        return json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--json_schema={path}: {error}") from error
 
 
 if __name__ == "__main__":

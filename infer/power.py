@@ -7,6 +7,7 @@ methods share one door: Metropolis-Hastings chains, sequential Monte Carlo, and 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,12 +18,21 @@ import numpy as np
 from ..errors import InputError
 from ..model.handle import Model
 from .diagnostics import effective_sample_size
+from .lookahead import sample_lookahead
 from .metropolis import CUTS, REUSE, Metropolis
 from .programs import program_of
 from .request import Batch, Prompts, make_batch
 from .samples import PowerSamples, collect
+from .smc import sample_smc
 
 METHODS = ("mh", "smc", "lookahead")
+_SHARED = {"model", "batch", "alpha", "t_max", "tau", "n", "block"}
+# What only one method has.
+_OWN = {
+    "mh": set(),
+    "smc": set(inspect.signature(sample_smc).parameters) - _SHARED,
+    "lookahead": set(inspect.signature(sample_lookahead).parameters) - _SHARED,
+}
 
 
 def power_sample(
@@ -30,7 +40,7 @@ def power_sample(
     prompts: Prompts,
     *,
     alpha: float = 4.0,
-    block: int = 192,
+    block: int | None = None,
     n_mcmc: int = 10,
     t_max: int = 3072,
     tau: float | None = None,
@@ -51,7 +61,8 @@ def power_sample(
         model: any autoregressive model of the zoo.
         prompts: text, or token ids; of any lengths.
         alpha: exponent, at least 1; with 1 every proposal is accepted and this is plain sampling.
-        block: slots by which ``"mh"`` lengthens the text.
+        block: ``"mh"``: slots by which the text grows, 192 if None; ``"lookahead"``: tokens of a
+            choice, 1 if None.
         n_mcmc: Metropolis-Hastings steps in every block.
         t_max: tokens that a response may get.
         tau: temperature of the proposal; ``1 / alpha`` if None. Any gives the same law.
@@ -75,18 +86,25 @@ def power_sample(
     Raises:
         InputError: a setting out of range, or of another method; names it.
     """
-    _check(alpha=alpha, block=block, n_mcmc=n_mcmc, t_max=t_max, tau=tau, n=n, stride=stride)
     _one_of("method", method, METHODS)
     _one_of("cut", cut, CUTS)
     _one_of("reuse", reuse, REUSE)
+    if block is None:
+        block = 192 if method == "mh" else 1
+    _check(alpha=alpha, block=block, n_mcmc=n_mcmc, t_max=t_max, tau=tau, n=n, stride=stride)
+    for name in settings:
+        if name not in _OWN[method]:
+            raise InputError(
+                f"{name}={settings[name]!r} is no setting of method={method!r}; it has "
+                f"{', '.join(sorted(_OWN[method])) or 'no further ones'}"
+            )
     batch = make_batch(model, prompts, None, t_max, seed, stop_tokens)
-    tau = 1 / alpha if tau is None else tau
+    shared = {"alpha": alpha, "t_max": t_max, "n": n, **settings}
     if method == "smc":
-        return sample_smc(model, batch, alpha=alpha, t_max=t_max, tau=tau, n=n, **settings)
+        return sample_smc(model, batch, tau=tau, **shared)
     if method == "lookahead":
-        return sample_lookahead(model, batch, alpha=alpha, t_max=t_max, n=n, **settings)
-    if settings:
-        raise InputError(f"{sorted(settings)} are no settings of method='mh'")
+        return sample_lookahead(model, batch, block=block, **shared)
+    tau = 1 / alpha if tau is None else tau
     block = min(block, t_max)
     chains = program_of(
         model, Metropolis, t_max, block, n_mcmc, cut, share_cut, reuse, stride or block

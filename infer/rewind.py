@@ -2,8 +2,8 @@
 
 A *slot* counts committed tokens after the prompt; at slot ``s`` the cache has read all tokens but
 the last, ``prompt_length + s - 1`` of them. What is addressed by position goes back by its length.
-A recurrent state is kept at every multiple of a stride: the snapshot before the slot is restored, and
-the few tokens since are read again, in one call. Callers never ask which of the two a model needs.
+A recurrent state is kept at every multiple of a stride: the snapshot before the slot is restored,
+and the few tokens since are read again, in one call. Callers never ask which a model needs.
 """
 
 from __future__ import annotations
