@@ -90,11 +90,11 @@ def smallest_set(
         spare: which ids a sort prefers among exact ties at the edge, ``"low"`` or ``"high"``.
     """
     same = keys is weights
-    weights = _scaled(weights)
+    weights = weights * _scale(weights)
     # A power of two keeps the order, and one array is read instead of two.
     keys = weights if same else keys
-    total = _mass(weights)
-    target = (total.astype(jnp.float32) * share * (1 - _SLACK)).astype(jnp.int32)
+    whole = _mass(weights)
+    target = (whole.astype(jnp.float32) * share * (1 - _SLACK)).astype(jnp.int32)
     if not _sorts(implementation, keys.shape[-1]):
         edge = _bisect(lambda x: _mass(jnp.where(keys >= x[:, None], weights, 0)) >= target, keys)
         return keys >= edge[:, None]
@@ -105,18 +105,34 @@ def smallest_set(
     mass = _mass(jnp.take_along_axis(weights, ranked_ids, axis=-1), cumulative=True)
     last = jnp.minimum(jnp.sum(mass < target[:, None], axis=-1, dtype=jnp.int32), ids.shape[-1] - 1)
     edge, edge_id = (jnp.take_along_axis(x, last[:, None], -1) for x in (-ranked, ranked_ids))
-    keep = (keys > edge) | ((keys == edge) & (ids <= edge_id)) | (total == 0)[:, None]
+    keep = (keys > edge) | ((keys == edge) & (ids <= edge_id)) | (whole == 0)[:, None]
     return keep[:, ::-1] if spare == "high" else keep
 
 
-def _scaled(weights: Array) -> Array:
-    """Weights times a power of two by which a row's sum is between 2^29 and about 2^30."""
+def total(weights: Float[Array, "B V"]) -> Float[Array, "B 1"]:
+    """The sum of each row of non-negative float32, the same in any order."""
+    scale = _scale(weights)
+    return _mass(weights * scale)[:, None].astype(jnp.float32) / scale
+
+
+def mass_reached(weights: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """The share of its row's weight that each token and all larger ones have, low ids first."""
+    weights = weights * _scale(weights)
+    ids = jax.lax.broadcasted_iota(jnp.int32, weights.shape, 1)
+    ranked, ranked_ids = jax.lax.sort((-weights, ids), num_keys=1, is_stable=True)
+    mass = _mass(-ranked, cumulative=True)
+    shares = mass / jnp.maximum(mass[:, -1:], 1).astype(jnp.float32)
+    return jax.lax.sort((ranked_ids, shares), num_keys=1)[1]
+
+
+def _scale(weights: Array) -> Float[Array, "B 1"]:
+    """A power of two times which a row's sum is between 2^29 and about 2^30."""
     _, exponent = jnp.frexp(jnp.sum(weights, axis=-1, keepdims=True))
-    return weights * jnp.ldexp(jnp.float32(1), 30 - exponent)
+    return jnp.ldexp(jnp.float32(1), 30 - exponent)
 
 
 def _mass(weights: Array, cumulative: bool = False) -> Int[Array, "..."]:
-    """The sum of :func:`_scaled` weights in whole units, exact but for the last one.
+    """The sum in whole units of weights that :func:`_scale` scaled, exact but for the last one.
 
     Each weight is two integers, its units and the fraction that is left in as many bits as no sum
     over the row overflows: no order of summation changes either sum.

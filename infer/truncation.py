@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..layers.decoding_heads import soft_top_p_mask
+from ..layers.decoding_heads import soft_mask
 from .policy import Policy, check, cool, needed, policy
 from .rows import per_row, row_map
-from .selection import check_implementation, kth_largest, smallest_set
+from .selection import check_implementation, kth_largest, mass_reached, smallest_set, total
 
 # Few, since each is a compilation.
 _BOUNDS = 64, 1024
@@ -287,18 +287,15 @@ def _nucleus(
 
 def _distances(logits: Float[Array, "B V"], weights: Float[Array, "B V"]) -> Float[Array, "B V"]:
     """``|-log p - H|``; infinite where a token is forbidden or has no mass in float32."""
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    surprise = jnp.where(weights > 0, jnp.log(total) - _below_best(logits), jnp.inf)
-    shares = jnp.where(weights > 0, weights * surprise, 0)
-    entropy = jnp.sum(shares, axis=-1, keepdims=True) / jnp.where(total > 0, total, 1)
-    return jnp.abs(surprise - entropy)
+    whole = total(weights)
+    surprise = jnp.where(weights > 0, jnp.log(whole) - _below_best(logits), jnp.inf)
+    shares = jnp.where(weights > 0, weights * jnp.maximum(surprise, 0), 0)
+    return jnp.abs(surprise - total(shares) / jnp.where(whole > 0, whole, 1))
 
 
 def _damped(logits: Array, p: Float[Array, "B"], sharpness: Float[Array, "B"]) -> Array:
-    weights = _relative(logits)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    probs = weights / jnp.where(total > 0, total, 1)
-    damped = logits + jnp.log(soft_top_p_mask(probs, p, sharpness)).astype(logits.dtype)
+    mask = soft_mask(mass_reached(_relative(logits)), p[:, None], sharpness[:, None])
+    damped = logits + jnp.log(mask).astype(logits.dtype)
     return jnp.where((p >= 1)[:, None] | (logits == -jnp.inf), logits, damped)
 
 

@@ -18,7 +18,7 @@ from jaxalope import (
     Typical,
 )
 from jaxalope.infer.policy import Context, stack_rows
-from jaxalope.infer.selection import kth_largest, smallest_set
+from jaxalope.infer.selection import kth_largest, mass_reached, smallest_set, total
 from jaxalope.infer.truncation import _distances, _relative
 from jaxalope.layers.decoding_heads import hard_top_p, soft_top_p
 
@@ -121,6 +121,21 @@ class TestSelection:
             assert mask.sum() == 3
         assert smallest_set(weights, weights, jnp.array([0.7]), "sort").sum() == 7
         assert smallest_set(weights, weights, jnp.array([0.7]), "bisect").sum() == 10
+
+    def test_sums_do_not_depend_on_their_order(self):
+        rng = np.random.default_rng(0)
+        spread = np.exp(np.linspace(-12, 9, 5003)).astype(np.float32)
+        weights = np.stack([rng.permutation(spread) for _ in range(2)])
+        order = rng.permutation(5003)
+        turned = weights[:, order]
+        np.testing.assert_array_equal(total(weights), total(turned))
+        np.testing.assert_allclose(total(weights)[:, 0], weights.sum(1, dtype=np.float64), 1e-6)
+        reached = np.asarray(mass_reached(weights))
+        np.testing.assert_array_equal(reached[:, order], mass_reached(turned))
+        rank = np.argsort(-weights, axis=1, kind="stable")
+        ranked = np.take_along_axis(weights, rank, 1).astype(np.float64)
+        expected = np.cumsum(ranked, axis=1) / ranked.sum(1, keepdims=True)
+        np.testing.assert_allclose(np.take_along_axis(reached, rank, 1), expected, rtol=1e-6)
 
     def test_a_bound_on_k_changes_nothing(self):
         logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 300)), jnp.float32)
