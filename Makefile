@@ -12,7 +12,7 @@ NEWEST ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3 p
 
 demo: $(VENV)/.base
 	$(BIN)/python -m jaxalope.train --config=demo --workdir=runs/demo
-	$(BIN)/python -m jaxalope.infer --model=runs/demo --temperature=0.7 --max_new_tokens=400 \
+	$(BIN)/python -m jaxalope.infer --model=runs/demo --policy='temperature=0.7' --max_new_tokens=400 \
 	  --prompt='def '
 	@echo 'Loss picture: runs/demo/loss.png'
 
@@ -34,6 +34,7 @@ bench: $(VENV)/.parity
 	$(BIN)/python bench/moe.py
 	$(BIN)/python bench/data_pipeline.py
 	$(BIN)/python bench/decode_overhead.py
+	$(BIN)/python bench/policy_chain.py --batches=1,8
 	$(BIN)/python bench/vs_transformers.py
 
 lint: $(VENV)/.dev
