@@ -27,6 +27,7 @@ SEQUENCES = [tuple(s) for s in GOLDEN["sequences"]]
 RUNS = 6000
 TINY = KimiLinearConfig.tiny()
 PROMPTS = ["def f(x):", "i"]
+MANY_BLOCKS = {"block": 2, "pool": 24, "num_candidates": 24, "num_rollouts": 4, "n": 2000}
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +173,8 @@ def test_jackknife_sets_negative_probabilities_to_zero():
 
 
 def test_alpha_one_is_plain_sampling(toy):
-    found = sample(toy, 1, num_rollouts=2, n=200)
-    plain = jaxalope.generate(toy, [[0]], Temperature(1.0), 4, 0, n=200, stop_tokens=[3])
+    found = sample(toy, 1, num_rollouts=2, n=RUNS)
+    plain = jaxalope.generate(toy, [[0]], Temperature(1.0), 4, 0, n=RUNS, stop_tokens=[3])
     assert tokens_of(found) == tokens_of(plain)
     assert found.finish_reasons == plain.finish_reasons
 
@@ -200,20 +201,18 @@ def test_sharded_equals_one_device(toy, block):
     np.testing.assert_allclose(one.logprob, many.logprob, rtol=1e-5)
 
 
-@pytest.mark.parametrize("block", [1, 2])
-def test_recurrent_equals_addressed_by_position(toy, block):
+@pytest.mark.parametrize("settings", [{"num_rollouts": 2, "n": RUNS}, MANY_BLOCKS])
+def test_recurrent_equals_addressed_by_position(toy, settings):
     recurrent = toys.golden_model(recurrent=True)
-    settings = {"num_rollouts": 2, "n": 50, "block": block}
     a, b = sample(toy, 2, **settings), sample(recurrent, 2, **settings)
     assert tokens_of(a) == tokens_of(b)
     np.testing.assert_array_equal(a.logprob, b.logprob)
     assert a.tokens_decoded == b.tokens_decoded
 
 
-@pytest.mark.parametrize("block", [1, 3])
-def test_alone_or_among_others(toy, block):
+def test_alone_or_among_others(toy):
     new, seeds = [2, 4, 3, 1], [5, 6, 7, 8]
-    settings = {"num_rollouts": 2, "n": 3, "block": block}
+    settings = {"num_rollouts": 2, "n": 3, "block": 3}
     together = sample(toy, 4, requests(toy, 4, new, seeds), **settings)
     for i in range(4):
         alone = sample(toy, 4, requests(toy, 1, new[i], seeds[i]), **settings)
@@ -221,7 +220,7 @@ def test_alone_or_among_others(toy, block):
 
 
 def test_logprob_is_of_the_response(toy):
-    found = sample(toy, 2, num_rollouts=2, n=200)
+    found = sample(toy, 2, num_rollouts=2, n=RUNS)
     expected = [log_p_of(tuple(t.tolist())) for t in found.tokens]
     np.testing.assert_allclose(found.logprob, expected, atol=1e-5)
 
@@ -229,9 +228,9 @@ def test_logprob_is_of_the_response(toy):
 def test_horizon(toy):
     """Beyond the end nothing changes; without one this is low temperature."""
     settings = {"num_rollouts": 2}
-    free = sample(toy, 2, n=50, **settings)
-    assert tokens_of(free) == tokens_of(sample(toy, 2, horizon=3, n=50, **settings))
-    short = sample(toy, 2, horizon=1, n=50, **settings)
+    free = sample(toy, 2, n=RUNS, **settings)
+    assert tokens_of(free) == tokens_of(sample(toy, 2, horizon=3, n=RUNS, **settings))
+    short = sample(toy, 2, horizon=1, n=RUNS, **settings)
     assert short.tokens_decoded < free.tokens_decoded
     none = sample(toy, 2, horizon=0, n=RUNS, **settings)
     assert distance(none, case(2)["lowtemp"]) < 0.033
@@ -261,8 +260,7 @@ def test_blocks(toy, pool, kept):
 
 
 def test_blocks_of_many_candidates_approach_the_target(toy):
-    settings = {"pool": 24, "num_candidates": 24, "num_rollouts": 4}
-    found = sample(toy, 2, block=2, n=2000, **settings)
+    found = sample(toy, 2, **MANY_BLOCKS)
     assert distance(found, case(2)["target"]) < 0.1
 
 
