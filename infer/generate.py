@@ -42,6 +42,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     *,
     n: int = 1,
+    max_length: int | None = None,
     stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     stop: Sequence[str] = (),
     top_logprobs: int = 0,
@@ -60,6 +61,7 @@ def generate(
         seed: one a prompt, or an int: prompt ``i`` then has seed ``seed + i``. A row's tokens
             depend on its own seed and sample number only, not on its neighbours.
         n: samples a prompt; it is read once and its cache forked.
+        max_length: of prompt and response together, which bounds the cache.
         stop_tokens: ids that end a row, for all prompts or one sequence each; the tokenizer's
             end-of-sequence if None.
         stop: strings that end a row.
@@ -82,6 +84,7 @@ def generate(
         max_new_tokens,
         seed,
         n,
+        max_length,
         stop_tokens,
         stop,
         top_logprobs,
@@ -105,6 +108,7 @@ def stream(
     seed: int | Sequence[int] = 0,
     *,
     n: int = 1,
+    max_length: int | None = None,
     stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     stop: Sequence[str] = (),
     grammar: Grammars | None = None,
@@ -125,6 +129,7 @@ def stream(
         max_new_tokens,
         seed,
         n,
+        max_length,
         stop_tokens,
         stop,
         grammar=grammar,
@@ -155,6 +160,7 @@ def _start(
     max_new_tokens,
     seed,
     n,
+    max_length,
     stop_tokens,
     stop,
     top_logprobs=0,
@@ -166,6 +172,7 @@ def _start(
         raise InputError(f"n={n} must be at least 1")
     if isinstance(stop, str):
         stop = (stop,)
+    request = (model, prompts, policy, max_new_tokens, seed, stop_tokens)
     records = records_for(model, logprobs, top_logprobs)
     if draft is not None:
         if grammar is not None:
@@ -175,12 +182,10 @@ def _start(
         if not hasattr(draft, "start"):
             raise InputError(f"draft={draft!r} is no draft; give DraftModel(...) or PromptLookup()")
         drafter = draft.start(model)
-        batch = make_batch(
-            model, prompts, policy, max_new_tokens, seed, stop_tokens, headroom=draft.num_tokens
-        )
+        batch = make_batch(*request, max_length=max_length, headroom=draft.num_tokens)
         decoder = program_of(model, Speculative, (*records, Drafted(), Accepted()))
         return Run(model, decoder, batch, n, stop, drafter)
-    batch = make_batch(model, prompts, policy, max_new_tokens, seed, stop_tokens)
+    batch = make_batch(*request, max_length=max_length)
     if grammar is None:
         return Run(model, decoder_of(model, records), batch, n, stop)
     grammars = compiled_grammars(model, grammar, batch.count)

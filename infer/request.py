@@ -73,6 +73,7 @@ def make_batch(
     seed: int | Sequence[int],
     stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None,
     *,
+    max_length: int | None = None,
     headroom: int = 0,
 ) -> Batch:
     """Check what users gave and lay it out.
@@ -85,6 +86,7 @@ def make_batch(
         seed: one each, or an int: prompt ``i`` then has seed ``seed + i``.
         stop_tokens: ids for all prompts, or a sequence of ids each; the tokenizer's
             end-of-sequence if None.
+        max_length: of prompt and response together; None is no bound.
         headroom: positions of the canvas beyond the longest limit.
 
     Raises:
@@ -96,6 +98,14 @@ def make_batch(
     for value in new:
         if value < 1:
             raise InputError(f"max_new_tokens={value} must be at least 1")
+    if max_length is not None:
+        for i, row in enumerate(rows):
+            if len(row) >= max_length:
+                raise InputError(
+                    f"prompts[{i}] has {len(row)} tokens, and max_length={max_length} leaves none "
+                    "to generate; shorten it or raise max_length"
+                )
+        new = [min(value, max_length - len(row)) for value, row in zip(new, rows, strict=True)]
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     if len(seeds) != count:
         raise InputError(f"seed has {len(seeds)} entries for {count} prompts; give one each")
