@@ -139,7 +139,8 @@ def distribution_stats(
     size = logits.shape[-1]
     scaled = constrain(logits, "batch", "seq", None) / (temperature[..., None] + _HEAD_EPSILON)
     top = jax.lax.top_k(scaled, min(_TOP, size))[0]
-    best = top[..., :1]
+    # Not a slice: XLA would merge it with top_k's own, and sort the whole vocabulary on a CPU.
+    best = jnp.max(top, axis=-1, keepdims=True)
     normaliser = jnp.sum(jnp.exp(scaled - best), axis=-1, keepdims=True)
     r = jnp.exp(scaled - best) / normaliser
     entropy = -jnp.sum(r * jnp.log(r + _HEAD_EPSILON), axis=-1)

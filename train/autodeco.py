@@ -44,7 +44,7 @@ from .layout import split_rows
 from .sums import Batch, Sums, num_chunks, row_uniform, shift
 
 # Arrays of a chunk's logits that are alive together, by the compiler's own count on CPU.
-_ARRAYS = 12
+_ARRAYS = 18
 
 
 def autodeco(config: AutoDeco, model: nnx.Module, batch: Batch, key: jax.Array) -> Sums:

@@ -285,7 +285,7 @@ def test_gradients_are_those_of_autodiff_through_the_formula_and_chunks_change_n
     batch = with_row_keys(batch_of(), KEY)
     graphdef, params = split(model)
     whole = jax.jit(_gradients(graphdef, batch, 2**27, estimator))(params)
-    chunked = jax.jit(_gradients(graphdef, batch, 8 * 12 * 32 * 2, estimator))(params)
+    chunked = jax.jit(_gradients(graphdef, batch, 8 * 18 * 32 * 2, estimator))(params)
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5)
     jax.tree.map(close, whole, chunked)
 
@@ -320,7 +320,7 @@ def test_no_pass_holds_more_logits_than_asked_for(toy, model):
     assert largest(2**27) >= 8 * 32 * 32
     # A sixteenth of the sequence at a time; the largest left is the toy's own activations.
     activations = 8 * 32 * 4 * 8 * 2
-    assert largest(8 * 12 * 32 * 2) <= activations < 8 * 32 * 32 * 8
+    assert largest(8 * 18 * 32 * 2) <= activations < 8 * 32 * 32 * 8
 
 
 def test_rows_draw_the_same_however_they_are_taken(toy):
@@ -361,7 +361,7 @@ def steps(toy, batch_of):
 @pytest.fixture(scope="module")
 def experiment(toy):
     return toy.experiment(
-        objective=AutoDeco(max_logits=8 * 12 * 32 * 4),
+        objective=AutoDeco(max_logits=8 * 18 * 32 * 4),
         retrofits=(DecodingHeadsConfig(width=8),),
         optimizer=AdamW(weight_decay=0.1, trainable=TRAINABLE),
         schedule=Constant(learning_rate=1e-2),
