@@ -4,15 +4,17 @@
 
 Same configuration, same weights, same machine, one process, in turns. Training is a whole step
 (forward, backward, clip, AdamW) on batches of 4 x 256 random tokens; generation is greedy, one
-prompt of 32 tokens, ``--new_tokens`` more. Needs the extra ``parity``.
+prompt of 32 tokens (and 16 together), ``--new_tokens`` more. Needs the extra ``parity``.
 """
 
 import dataclasses
+import functools
 import gc
 import os
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import peers
 import report
@@ -23,7 +25,7 @@ from absl import app, flags
 from jaxalope import Greedy, Model, generate
 from jaxalope.configs import get_experiment
 from jaxalope.configs.experiment import AdamW, Constant
-from jaxalope.model import KimiLinearConfig, build_model
+from jaxalope.model import build_model
 from jaxalope.sharding import init_params
 from jaxalope.train.step import init_state, make_train_step
 
@@ -31,23 +33,6 @@ _OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JS
 _TURNS = flags.DEFINE_integer("turns", 5, "Measurements of each side.", lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Generated in one measurement.")
 _BATCH, _LENGTH, _PROMPT = 4, 256, 32
-
-
-def config() -> KimiLinearConfig:
-    """8 layers of width 256: 6 KDA and 2 MLA, 4 heads of 32, 8 experts of which 2 are active."""
-    return dataclasses.replace(
-        KimiLinearConfig.demo(),
-        vocab_size=259,
-        hidden_size=256,
-        num_layers=8,
-        kda_layers=(1, 2, 3, 5, 6, 7),
-        full_attn_layers=(4, 8),
-        intermediate_size=1024,
-        moe_intermediate_size=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
 
 
 def training(model: Model, peer) -> dict:
@@ -86,22 +71,22 @@ def training(model: Model, peer) -> dict:
     return {"jaxalope": ours, "transformers": theirs}
 
 
-def generation(model: Model, peer) -> dict:
-    """Callables that generate ``--new_tokens`` tokens greedily."""
+def generation(model: Model, peer, rows: int = 1) -> dict:
+    """Callables that generate ``--new_tokens`` tokens greedily, after each of ``rows`` prompts."""
     rng = np.random.default_rng(1)
-    prompt = rng.integers(3, model.config.vocab_size, (1, _PROMPT))
+    prompt = rng.integers(3, model.config.vocab_size, (rows, _PROMPT))
     count = _NEW_TOKENS.value
 
     def ours():
         out = generate(model, prompt.tolist(), Greedy(), count, stop_tokens=())
-        assert len(out.tokens[0]) == count
+        assert all(len(tokens) == count for tokens in out.tokens)
 
     ids = torch.tensor(prompt)
 
     def theirs():
         with torch.no_grad():
             out = peer.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None)
-        assert out.shape[1] == _PROMPT + count
+        assert out.shape == (rows, _PROMPT + count)
 
     return {"jaxalope": ours, "transformers": theirs}
 
@@ -111,18 +96,21 @@ def main(argv):
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     torch.set_num_threads(os.cpu_count())
     transformers.utils.logging.set_verbosity_error()
-    graphdef, params = init_params(lambda key: build_model(config(), key), jax.random.key(0))
-    model = Model(config(), graphdef, params)
+    graphdef, params = init_params(
+        lambda key: build_model(models.kimi_8m(), key), jax.random.key(0)
+    )
+    model = Model(models.kimi_8m(), graphdef, params)
     facts = report.facts(
         torch=torch.__version__,
         transformers=transformers.__version__,
-        parameters=config().num_params(),
+        parameters=models.kimi_8m().num_params(),
     )
     print(" ".join(f"{k}={v}" for k, v in facts.items()))
     rows, lines = [], []
     for name, make, tokens, aim in (
         ("training", training, _BATCH * _LENGTH, 10),
         ("generation", generation, _NEW_TOKENS.value, 20),
+        ("generation of 16", functools.partial(generation, rows=16), 16 * _NEW_TOKENS.value, 10),
     ):
         peer = peers.to_transformers(model)
         times = report.alternate(make(model, peer), _TURNS.value, warm_up=2)

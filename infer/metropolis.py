@@ -132,10 +132,10 @@ class Metropolis:
 
     @functools.cached_property
     def run_block(self):
-        """Jitted ``(params, chains, index, alpha, tau, stop_tokens) -> (chains, Trace)``.
+        """Jitted ``(params, chains, index, alpha, tau, stop_tokens, cut_seed) -> (chains, Trace)``.
 
-        ``index`` counts blocks from 0 and is traced, as ``alpha`` and ``tau`` are: one compilation
-        serves all. The chains are donated.
+        ``index`` counts blocks from 0 and is traced, as all numbers are: one compilation serves
+        all blocks. ``cut_seed`` is that of shared cuts. The chains are donated.
         """
         return jax.jit(self._run_block, donate_argnums=1)
 
@@ -152,6 +152,7 @@ class Metropolis:
         alpha: Float[Array, ""],
         tau: Float[Array, ""],
         stop_tokens: Int[Array, "C S"],
+        cut_seed: Int[Array, ""] | int = 0,
     ) -> tuple[Chains, Trace]:
         model = nnx.merge(self.graphdef, params)
         layout = CacheLayout.of(model, chains.state.tokens.shape[1])
@@ -171,7 +172,7 @@ class Metropolis:
 
         def one(chains: Chains, number):
             state = chains.state
-            slot = self._cut(base, state, number, end)
+            slot = self._cut(base, cut_seed, state, number, end)
             live = state.length - state.prompt_length
             rows = slot < live
             propose = functools.partial(
@@ -249,14 +250,14 @@ class Metropolis:
         last = -(-end // self.stride)
         return Chains(*jax.lax.fori_loop(first, last, piece, (state, snapshots)))
 
-    def _cut(self, base, state: DecodeState, number, end) -> Int[Array, "C"]:
+    def _cut(self, base, cut_seed, state: DecodeState, number, end) -> Int[Array, "C"]:
         """The slot from which each chain draws anew."""
         if self.cut in ("padded", "grid"):
             unit = self.stride if self.cut == "grid" else 1
             count = -(-end // unit)
             if self.shared:
                 # Of the step alone: the cut must not depend on the chains, nor on which they are.
-                key = _step_key(jax.random.key(0), number, _CUT)
+                key = _step_key(jax.random.key(cut_seed), number, _CUT)
                 slot = unit * jax.random.randint(key, (), 0, count)
                 return jnp.zeros_like(state.length) + slot
             draw = functools.partial(jax.random.randint, shape=(), minval=0, maxval=count)

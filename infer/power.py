@@ -50,6 +50,7 @@ def power_sample(
     seed: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     share_cut: bool = True,
+    cut_seed: int = 0,
     reuse: str = "shadow",
     stride: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -74,6 +75,7 @@ def power_sample(
         stop_tokens: ids that end a response; the tokenizer's end-of-sequence if None.
         share_cut: ``"mh"``: all chains cut at the same slot, drawn without looking at them; each
             chain's law is the same either way, and shared cuts decode least.
+        cut_seed: ``"mh"``: of the shared cuts.
         reuse: ``"mh"``: ``"shadow"`` or ``"reread"``; see :class:`~.metropolis.Metropolis`.
         stride: ``"mh"``: slots between two snapshots of a recurrent state; ``block`` if None.
         progress: ``"mh"``: called with (blocks done, blocks) after each.
@@ -109,7 +111,9 @@ def power_sample(
     chains = program_of(
         model, Metropolis, t_max, block, n_mcmc, cut, share_cut, reuse, stride or block
     )
-    return sample_mh(model, batch, chains, alpha=alpha, tau=tau, n=n, progress=progress)
+    return sample_mh(
+        model, batch, chains, alpha=alpha, tau=tau, n=n, cut_seed=cut_seed, progress=progress
+    )
 
 
 def sample_mh(
@@ -120,6 +124,7 @@ def sample_mh(
     alpha: float,
     tau: float,
     n: int = 1,
+    cut_seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> PowerSamples:
     """``n`` Metropolis-Hastings chains of every request; see :func:`power_sample`."""
@@ -135,9 +140,9 @@ def sample_mh(
             many.samples,
             capacity=batch.capacity,
         )
-        numbers = jnp.float32(alpha), jnp.float32(tau), many.stop_tokens
+        settings = jnp.float32(alpha), jnp.float32(tau), many.stop_tokens, jnp.uint32(cut_seed)
         for index in range(chains.num_blocks):
-            state, trace = chains.run_block(model.params, state, jnp.int32(index), *numbers)
+            state, trace = chains.run_block(model.params, state, jnp.int32(index), *settings)
             traces.append(trace)
             if progress is not None:
                 jax.block_until_ready(trace)
