@@ -34,6 +34,7 @@ bench: $(VENV)/.parity
 	$(BIN)/python bench/moe.py
 	$(BIN)/python bench/data_pipeline.py
 	$(BIN)/python bench/decode_overhead.py
+	$(BIN)/python bench/speculative.py
 	$(BIN)/python bench/policy_chain.py --batches=1,8
 	$(BIN)/python bench/vs_transformers.py
 
