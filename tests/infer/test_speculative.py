@@ -85,7 +85,7 @@ def decode(model, draft, policy, prompt, count, slots, stop=-1, max_steps=1000):
     shape = (count,)
     drafter = draft.start(model)
     params, width = (model.params, drafter), len(prompt)
-    decoder = Speculative(model.graphdef, RECORDS)
+    decoder = program_of(model, Speculative, RECORDS)
     state = decoder.prefill(
         params,
         np.tile(np.array(prompt, np.int32), (count, 1)),
@@ -187,9 +187,7 @@ def test_a_wrong_law_is_noticed():
 
 
 @pytest.mark.parametrize("recurrent", [False, True])
-@pytest.mark.parametrize(
-    "policy", [PLAIN, PENALTIES, Greedy()], ids=["plain", "penalties", "greedy"]
-)
+@pytest.mark.parametrize("policy", [PENALTIES, Greedy()], ids=["drawn", "greedy"])
 def test_a_draft_by_the_target_is_accepted(recurrent, policy):
     model = toy(7, recurrent)
     state = decode(model, DraftModel(model), policy, [0], 200, 13)
@@ -287,9 +285,8 @@ def test_the_cache_is_that_of_plain_decoding(small):
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize("recurrent", [False, True])
-def test_interrupted_loop_equals_one_call(recurrent):
-    model, draft = toy(7, recurrent), DraftModel(toy(8, recurrent))
+def test_interrupted_loop_equals_one_call():
+    model, draft = toy(7, recurrent=True), DraftModel(toy(8, recurrent=True))
     whole = decode(model, draft, PENALTIES, [0, 1], 30, 12, 3)
     parts = decode(model, draft, PENALTIES, [0, 1], 30, 12, 3, max_steps=1)
     for name in ("tokens", "length", "reason"):
