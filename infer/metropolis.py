@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
@@ -32,7 +33,7 @@ REUSE = ("shadow", "reread")
 # Every live slot may be cut, however certain the model is there.
 _ENTROPY_FLOOR = 1e-3
 # What a step folds into its key; token keys fold a position, which is never so large.
-_ACCEPT, _CUT = 2**32 - 1, 2**32 - 2
+_ACCEPT, _CUT = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 
 
 @jax.tree_util.register_dataclass
@@ -290,8 +291,8 @@ class Metropolis:
         return total[0] - total[1]
 
 
-def _step_key(base: PRNGKeyArray, number: Int[Array, ""], purpose: int) -> PRNGKeyArray:
-    return jax.random.fold_in(jax.random.fold_in(base, number), jnp.uint32(purpose))
+def _step_key(base: PRNGKeyArray, number: Int[Array, ""], purpose: np.uint32) -> PRNGKeyArray:
+    return jax.random.fold_in(jax.random.fold_in(base, number), purpose)
 
 
 def _shortened(state: DecodeState, length: Int[Array, "C"], rows: Bool[Array, "C"]) -> DecodeState:
