@@ -44,7 +44,7 @@ class TopK(_Selection):
 
     Attributes:
         k: how many.
-        implementation: ``"sort"``, ``"bisect"``, or None to pick by the vocabulary's size.
+        implementation: ``"sort"``, ``"bisect"``, or None to pick by vocabulary, bound and platform.
         bound: that no row's ``k`` exceeds, if known: only so many tokens are then ranked. Stacked
             rows get one, unless they bisect or one wants more than 1024.
     """
