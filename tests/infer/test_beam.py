@@ -9,7 +9,14 @@ from exact import law, log_softmax, logits_of
 from toys import TableConfig, golden_model, table_model
 
 import jaxalope
-from jaxalope import Greedy, InputError, Model, beam_search
+from jaxalope import (
+    Chain,
+    Greedy,
+    InputError,
+    Model,
+    PresenceFrequencyPenalty,
+    beam_search,
+)
 from jaxalope.data.tokenizers import load_tokenizer
 from jaxalope.infer.policy import Policy, policy
 from jaxalope.model import KimiLinearConfig, build_model
@@ -44,19 +51,19 @@ def enumerate_all(model, prompt, stop, slots, penalty):
     )
 
 
-def plain_beam_search(model, prompt, width, stop, slots, penalty, early=False, allowed=None):
-    """The search in plain Python; ``stop`` are ids, ``allowed(tokens)`` masks the next."""
+def plain_beam_search(model, prompt, width, stop, slots, penalty, early=False, process=None):
+    """The search in plain Python; ``stop`` are ids, ``process`` is a policy."""
     logits, live, pool = logits_of(model), [(0.0, ())], []
 
-    def log_p(tokens):
-        forbidden = 0 if allowed is None else np.where(allowed(tokens), 0, -np.inf)
-        return log_softmax(logits(tokens) + forbidden)
+    def log_p(output):
+        raw = logits([*prompt, *output])
+        return log_softmax(raw if process is None else process(raw, prompt, output))
 
     for length in range(1, slots + 1):
         total = [
             (score + float(p), (*beam, token))
             for score, beam in live
-            for token, p in enumerate(log_p([*prompt, *beam]))
+            for token, p in enumerate(log_p(beam))
         ]
         total = sorted((t for t in total if t[0] > -np.inf), reverse=True)
         total = total[: (1 + len(stop)) * width]
@@ -113,15 +120,17 @@ class NotTwice(Policy):
 
 
 def test_scores_are_the_policys():
-    """Its context is each beam's own text."""
+    """Its context and counts are each beam's own."""
     model = table_model(TableConfig(4, 1), seed=2)
-    found = beam_search(model, [[1]], 4, 6, 0.0, (STOP,), n=4, policy=NotTwice())
-    check(
-        found,
-        plain_beam_search(
-            model, [1], 4, (STOP,), 6, 0.0, allowed=lambda tokens: np.arange(4) != tokens[-1]
-        ),
-    )
+    policy = Chain(PresenceFrequencyPenalty(0.7, 0.4), NotTwice())
+
+    def process(logits, prompt, output):
+        counts = np.bincount(output, minlength=4) if output else np.zeros(4)
+        logits = logits - 0.7 * (counts > 0) - 0.4 * counts
+        return np.where(np.arange(4) == [*prompt, *output][-1], -np.inf, logits)
+
+    found = beam_search(model, [[1]], 4, 6, 0.0, (STOP,), n=4, policy=policy)
+    check(found, plain_beam_search(model, [1], 4, (STOP,), 6, 0.0, process=process))
 
 
 def test_fewer_responses_than_asked_for():
