@@ -11,10 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ..sharding import constrain, einsum, take
-
-_IN_LETTERS = "xyz"
-_OUT_LETTERS = "uvw"
+from ..sharding import constrain, project, take
 
 
 def normal(key: jax.Array, shape: Sequence[int], stddev: float) -> Float[Array, "..."]:
@@ -46,19 +43,11 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(
             normal(rngs.params(), shape, stddev), axes=(*in_axes.keys(), *out_axes.keys())
         )
-        self.num_in = len(in_axes)
         self.out_axes = tuple(out_axes)
 
     def __call__(self, x: Float[Array, "B T *in"]) -> Float[Array, "B T *out"]:
         """Apply the map; the result has the dtype of ``x``."""
-        i = _IN_LETTERS[: self.num_in]
-        o = _OUT_LETTERS[: len(self.out_axes)]
-        return einsum(
-            f"bt{i},{i}{o}->bt{o}",
-            x,
-            self.kernel[...].astype(x.dtype),
-            ("batch", "seq", *self.out_axes),
-        )
+        return project(x, self.kernel[...].astype(x.dtype), ("batch", "seq", *self.out_axes))
 
 
 class Embedding(nnx.Module):

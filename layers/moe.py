@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..errors import InputError
-from ..sharding import constrain, einsum, kernel_map, psum_over
+from ..sharding import constrain, kernel_map, project, psum_over
 from .linear import normal
 from .mlp import SwiGLU
 from .ops.grouped_matmul import grouped_swiglu
@@ -61,8 +61,7 @@ class Router(nnx.Module):
     ) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"]]:
         """The chosen experts of every token, best first, and their float32 weights."""
         scores = jax.nn.sigmoid(
-            einsum(
-                "btd,de->bte",
+            project(
                 x.astype(jnp.float32),
                 self.kernel[...],
                 # Whole in the expert dimension: a choice among experts needs all of them.

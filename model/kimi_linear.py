@@ -24,7 +24,7 @@ from ..layers.moe import MoE
 from ..layers.norm import RMSNorm
 from ..layers.segments import is_token
 from ..layers.stack import REMAT_POLICIES, Stack
-from ..sharding import constrain, einsum
+from ..sharding import constrain, project
 
 _POSITIVE = (
     "vocab_size",
@@ -496,8 +496,7 @@ class KimiLinear(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """Unnormalised log-probabilities of the next token, float32."""
-        return einsum(
-            "btd,dv->btv",
+        return project(
             hidden,
             self.lm_head.kernel[...].astype(hidden.dtype),
             ("batch", "seq", "vocab"),

@@ -1,4 +1,4 @@
-"""Operations on activations: ``constrain``, ``einsum``, ``take``, ``take_rows``, ``kernel_map``.
+"""Operations on activations: ``constrain``, ``einsum``, ``project``, ``take``, ``kernel_map``, ...
 
 Each is the plain JAX operation where no mesh is set (or inside a ``shard_map``, where arrays are
 local), states the result's sharding as part of its type under Explicit axes, and is a constraint
@@ -7,6 +7,7 @@ for the compiler under Auto axes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,6 +54,23 @@ def einsum(subscripts: str, a: jax.Array, b: jax.Array, axes: Axes, **kwargs) ->
     if explicit:
         return jnp.einsum(subscripts, a, b, out_sharding=spec, **kwargs)
     return jax.lax.with_sharding_constraint(jnp.einsum(subscripts, a, b, **kwargs), spec)
+
+
+def project(x: jax.Array, kernel: jax.Array, axes: Axes, **kwargs) -> jax.Array:
+    """``x [B, T, *in]`` by ``kernel [*in, *out]``: ``[B, T, *out]``, laid out by ``axes``.
+
+    A product of two matrices where nothing is sharded: the gradient of one over two dimensions of
+    tokens has transposes in it that cost XLA's CPU backend as much as the products themselves.
+    ``kwargs`` are those of :func:`einsum`.
+    """
+    num_out = len(axes) - 2
+    num_in = kernel.ndim - num_out
+    if _active_mesh() is None:
+        rows = x.reshape(math.prod(x.shape[:2]), -1)
+        y = jnp.einsum("rd,du->ru", rows, kernel.reshape(rows.shape[1], -1), **kwargs)
+        return y.reshape(*x.shape[:2], *kernel.shape[num_in:])
+    i, o = "xyz"[:num_in], "uvw"[:num_out]
+    return einsum(f"bt{i},{i}{o}->bt{o}", x, kernel, axes, **kwargs)
 
 
 def take(table: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
