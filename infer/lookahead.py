@@ -123,9 +123,7 @@ class Lookahead:
             rows = jnp.arange(law.shape[0]) * law.shape[1] + choice
             chosen = candidates.state.take(layout, rows)
             decoded = search.decoded + constrain(candidates.decoded + decoded, "batch")
-            # Between its roll-outs a text has its own key and limit.
-            chosen = dataclasses.replace(chosen, key=state.key).with_limit(state.limit)
-            return Search(chosen, decoded)
+            return Search(dataclasses.replace(chosen, key=state.key), decoded)
 
         return run(step, Search(state, jnp.zeros_like(state.length)))
 

@@ -200,13 +200,15 @@ def test_sharded_equals_one_device(toy):
 
 def test_copies_of_a_hybrid_take_their_state_along(hybrid):
     """What was drawn is as probable as one uncached pass says."""
-    batch = make_batch(hybrid, PROMPTS, None, 8, 3, ())
-    found = sample_smc(hybrid, batch, alpha=2.0, t_max=8, num_particles=6, resample_threshold=2.0)
-    rows = [[*hybrid.tokenizer.encode(p), *t] for p, t in zip(PROMPTS, found.tokens, strict=True)]
-    ids = np.zeros((2, max(map(len, rows))), np.int32)
+    batch, n = make_batch(hybrid, PROMPTS, None, 8, 3, ()), 4
+    settings = {"num_particles": 8, "resample_threshold": 2.0, "n": n}
+    found = sample_smc(hybrid, batch, alpha=4.0, t_max=8, **settings)
+    prompts = [p for p in PROMPTS for _ in range(n)]
+    rows = [[*hybrid.tokenizer.encode(p), *t] for p, t in zip(prompts, found.tokens, strict=True)]
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
-    log_p = jax.nn.log_softmax(hybrid(ids)[0])
+    log_p = np.asarray(jax.nn.log_softmax(hybrid(ids)[0]))
     for i, row in enumerate(rows):
         places = np.arange(len(row) - 8, len(row))
         expected = log_p[i, places - 1, np.array(row)[places]].sum()
