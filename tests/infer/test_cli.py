@@ -1,0 +1,106 @@
+"""The sampler's command line: every method, and one clear error for what does not go together."""
+
+import json
+
+import jax
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import jaxalope
+import jaxalope.model
+from jaxalope import Model
+from jaxalope.data.tokenizers import load_tokenizer
+from jaxalope.infer import __main__ as cli
+from jaxalope.model import KimiLinearConfig, build_model
+from jaxalope.sharding import init_params
+
+TINY = KimiLinearConfig.tiny()
+
+
+@pytest.fixture(scope="module")
+def model():
+    graphdef, params = init_params(lambda key: build_model(TINY, key), jax.random.key(0))
+    return Model(TINY, graphdef, params, load_tokenizer("bytes"))
+
+
+@pytest.fixture
+def run(model, monkeypatch, capsys):
+    monkeypatch.setattr(jaxalope.model, "load", lambda path, step=None: model)
+
+    def call(*arguments):
+        with flagsaver.flagsaver():
+            flags.FLAGS.unparse_flags()
+            for name in flags.FLAGS:
+                flags.FLAGS[name].present = 0
+            flags.FLAGS(["infer", "--model=somewhere", "--max_new_tokens=12", *arguments])
+            cli.main(["infer"])
+        return capsys.readouterr()
+
+    return call
+
+
+def test_sampling_is_generate(model, run):
+    policy = jaxalope.parse_policy("temperature=0.7,top_p=0.9")
+    expected = jaxalope.generate(model, ["ab", "c"], policy, 12, seed=3, n=2).text
+    found = run(
+        "--prompt=ab", "--prompt=c", "--policy=temperature=0.7,top_p=0.9", "--seed=3",
+        "--num_samples=2",
+    )  # fmt: skip
+    prompts = ["ab", "ab", "c", "c"]
+    assert found.out == "".join(p + t + "\n" for p, t in zip(prompts, expected, strict=True))
+
+
+def test_streamed_text_is_the_same(run):
+    assert run("--prompt=ab", "--stream").out == run("--prompt=ab").out
+
+
+def test_grammars(run, tmp_path):
+    found = run("--prompt=x", "--regex=(ab|cd)+", "--stop=cdcd").out.strip()
+    assert set(found[1:]) <= set("abcd")
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"enum": [17]}))
+    assert run("--prompt=x", f"--json_schema={schema}").out.strip() == "x17"
+
+
+def test_drafts(run):
+    plain = run("--prompt=abab", "--policy=greedy").out
+    drafted = run("--prompt=abab", "--policy=greedy", "--draft=lookup")
+    assert drafted.out == plain
+    assert "drafted tokens accepted" in drafted.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reported"),
+    [
+        (["--method=power", "--block=6", "--mcmc_steps=2"], "acceptance of each block"),
+        (["--method=smc", "--particles=3"], "effective sample size"),
+        (["--method=beam", "--beams=3"], "scores"),
+    ],
+    ids=["power", "smc", "beam"],
+)
+def test_methods(run, arguments, reported):
+    found = run("--prompt=ab", *arguments)
+    assert found.out.startswith("ab")
+    assert reported in found.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method=power", "--policy=greedy"], "--policy is for --method=sample"),
+        (["--beams=3"], "--beams is for --method=beam"),
+        (["--policy=top_q=3"], "top_q"),
+        (["--regex=a", "--json_schema=b"], "exclude each other"),
+        (["--json_schema=/nowhere.json"], "/nowhere.json"),
+        (["--method=power", "--alpha=0.5"], "alpha=0.5"),
+        (["--stream", "--num_samples=2"], "--stream"),
+    ],
+)
+def test_bad_input_is_one_line(run, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stopped:
+        run("--prompt=ab", *arguments)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert words in message
