@@ -36,6 +36,7 @@ bench: $(VENV)/.parity
 	$(BIN)/python bench/decode_overhead.py
 	$(BIN)/python bench/speculative.py
 	$(BIN)/python bench/policy_chain.py --batches=1,8
+	$(BIN)/python bench/autodeco.py --task=step
 	$(BIN)/python bench/vs_transformers.py
 
 lint: $(VENV)/.dev
