@@ -6,7 +6,6 @@ so weight[:, W - 1] multiplies the current token, as in the published Kimi Linea
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
@@ -58,9 +57,8 @@ def short_conv(
         raise InputError(f"state has shape {state.shape}; x and weight ask {wanted}")
     if segment_ids is not None and segment_ids.shape != x.shape[:2]:
         raise InputError(f"segment_ids has shape {segment_ids.shape}; x asks {x.shape[:2]}")
-    if state is None:
-        # Made from the input, so that it has its sharding.
-        state = jnp.broadcast_to(jnp.zeros_like(x[:, :1]), wanted)
+    if state is not None:
+        state = state.astype(x.dtype)
     run = _IMPLEMENTATIONS[implementation or "xla"]
-    y, new_state = run(x, weight, state.astype(x.dtype), segment_ids)
+    y, new_state = run(x, weight, state, segment_ids)
     return _ACTIVATIONS[activation](y).astype(x.dtype), new_state

@@ -10,10 +10,14 @@ from ...segments import is_token, segment_starts
 def short_conv_reference(
     x: Float[Array, "B T D"],
     weight: Float[Array, "D W"],
-    state: Float[Array, "B S D"],
+    state: Float[Array, "B S D"] | None,
     segment_ids: Int[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
-    """Token scan in float32 without activation; S = W - 1. The state keeps x's dtype."""
+    """Token scan in float32 without activation; S = W - 1. The state keeps x's dtype.
+
+    None is a state of zeros.
+    """
+    state = zero_state(x, weight) if state is None else state
     batch, length, _ = x.shape
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
@@ -30,3 +34,9 @@ def short_conv_reference(
 
     state, y = jax.lax.scan(step, state, (jnp.moveaxis(x, 1, 0), valid.T, restart.T))
     return jnp.moveaxis(y, 0, 1), state
+
+
+def zero_state(x: Float[Array, "B T D"], weight: Float[Array, "D W"]) -> Float[Array, "B S D"]:
+    """The state of rows of which nothing has been read; S = W - 1."""
+    # Made from the input, so that it has its sharding.
+    return jnp.broadcast_to(jnp.zeros_like(x[:, :1]), (x.shape[0], weight.shape[1] - 1, x.shape[2]))

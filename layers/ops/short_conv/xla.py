@@ -6,35 +6,78 @@ grouped convolution would.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ...segments import is_token, segment_index
+from .reference import zero_state
 
 
 def short_conv_xla(
     x: Float[Array, "B T D"],
     weight: Float[Array, "D W"],
-    state: Float[Array, "B S D"],
+    state: Float[Array, "B S D"] | None,
     segment_ids: Int[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
-    """Shifted multiply-adds in float32 without activation; S = W - 1."""
+    """Shifted multiply-adds in float32 without activation; S = W - 1. A state of None is zeros."""
     if segment_ids is not None:
         return _packed(x, weight, state, segment_ids)
-    if x.shape[1] == 1:
-        window = [*(state[:, i] for i in range(state.shape[1])), x[:, 0]]
-        y = sum(_tap(weight, i) * step.astype(jnp.float32) for i, step in enumerate(window))
-        return y[:, None], jnp.concatenate([state[:, 1:], x], axis=1)
-    length = x.shape[1]
+    if state is None:
+        state = zero_state(x, weight)
     window = jnp.concatenate([state, x], axis=1)
-    y = sum(
-        _tap(weight, i) * window[:, i : i + length].astype(jnp.float32)
-        for i in range(weight.shape[1])
-    )
-    return y, window[:, length:]
+    if x.shape[1] == 1:
+        y = sum(_tap(weight, i) * window[:, i].astype(jnp.float32) for i in range(window.shape[1]))
+        return y[:, None], window[:, 1:]
+    return _shifted_sum(window, weight, None), window[:, x.shape[1] :]
 
 
 def _tap(weight: Array, i: int) -> Array:
     return weight[:, i].astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _shifted_sum(
+    window: Float[Array, "B ST D"], weight: Float[Array, "D W"], seen: Bool[Array, "W B T"] | None
+) -> Float[Array, "B T D"]:
+    """``sum over i of weight[:, i] * window[:, t + i]`` over the taps ``seen`` from token t.
+
+    The gradient is written out because its automatic form, a padded copy a tap that is masked
+    first, takes XLA's CPU backend three times as long, and keeps every tap's input.
+    """
+    length = window.shape[1] - weight.shape[1] + 1
+    taps = (
+        _masked(seen, i, _tap(weight, i) * window[:, i : i + length].astype(jnp.float32))
+        for i in range(weight.shape[1])
+    )
+    return sum(taps)
+
+
+def _masked(seen: Array | None, i: int, x: Array) -> Array:
+    return x if seen is None else jnp.where(seen[i][..., None], x, 0)
+
+
+def _shifted_sum_fwd(window, weight, seen):
+    return _shifted_sum(window, weight, seen), (window, weight, seen)
+
+
+def _shifted_sum_bwd(residuals, dy):
+    window, weight, seen = residuals
+    width, length = weight.shape[1], dy.shape[1]
+    around = jnp.pad(dy, ((0, 0), (width - 1, width - 1), (0, 0)))
+    if seen is not None:
+        seen_from = jnp.pad(seen, ((0, 0), (0, 0), (width - 1, width - 1)))
+    dwindow, dweight = 0.0, []
+    for i in range(width):
+        # Input s is tap i of the token s - i.
+        tokens = slice(width - 1 - i, width - 1 - i + window.shape[1])
+        mask = None if seen is None else seen_from[:, :, tokens]
+        dwindow = dwindow + _masked(mask, i, _tap(weight, i) * around[:, tokens])
+        inputs = window[:, i : i + length].astype(jnp.float32)
+        dweight.append(jnp.sum(_masked(seen, i, dy * inputs), axis=(0, 1)))
+    dweight = jnp.stack(dweight, axis=1)
+    return dwindow.astype(window.dtype), dweight.astype(weight.dtype), None
+
+
+_shifted_sum.defvjp(_shifted_sum_fwd, _shifted_sum_bwd)
 
 
 def _packed(x, weight, state, segment_ids):
@@ -45,22 +88,20 @@ def _packed(x, weight, state, segment_ids):
     rank = jnp.cumsum(valid, axis=1) - 1  # tokens before each token
     x = jnp.where(valid[..., None], x, 0)
 
-    y = _tap(weight, width - 1) * x.astype(jnp.float32)
-    for back in range(1, width):
-        if back < length:
-            earlier = jnp.pad(x[:, :-back], ((0, 0), (back, 0), (0, 0)))
-            same = number == jnp.pad(number[:, :-back], ((0, 0), (back, 0)), constant_values=-1)
-            term = _tap(weight, width - 1 - back) * earlier.astype(jnp.float32)
-            y = y + jnp.where(same[..., None], term, 0)
-    for seen in range(width - 1):
+    # Nothing that stands before the row belongs to a segment of it.
+    window = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
+    numbers = jnp.pad(number, ((0, 0), (width - 1, 0)), constant_values=-1)
+    same = (numbers[:, i : i + length] == number for i in range(width))
+    y = _shifted_sum(window, weight, jnp.stack([valid & one for one in same]))
+    # Without a state there is nothing to reach.
+    for seen in range(0 if state is None else width - 1):
         # The row's token number `seen` still reaches width - 1 - seen inputs of the old state.
         reach = sum(
             _tap(weight, i) * state[:, i + seen].astype(jnp.float32)
             for i in range(width - 1 - seen)
         )
-        here = (number == 0) & (rank == seen)
+        here = (number == 0) & (rank == seen) & valid
         y = y + jnp.where(here[..., None], reach[:, None], 0)
-    y = jnp.where(valid[..., None], y, 0)
 
     # New state: the last tokens of the last segment, then old state or zeros; by one-hot products,
     # which shard over rows and channels alike.
@@ -71,7 +112,8 @@ def _packed(x, weight, state, segment_ids):
     numbers = jnp.concatenate([jnp.zeros_like(old), number], axis=1)
     wanted = count + old
     pick = (ranks[:, None, :] == wanted[..., None]) & (numbers == jnp.maximum(last, 0))[:, None, :]
-    window = jnp.concatenate([state, x], axis=1)
+    if state is not None:
+        window = jnp.concatenate([state, x], axis=1)
     new_state = jnp.einsum(
         "bst,btd->bsd", pick.astype(x.dtype), window, precision=jax.lax.Precision.HIGHEST
     )
