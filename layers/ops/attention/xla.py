@@ -12,16 +12,21 @@ _HIDDEN = -1e30  # Finite: a row without a visible key must not become NaN.
 def attention(q, k, v, query_positions, key_positions, query_segments, key_segments, scale):
     """See :func:`..attention`."""
     batch, length, heads, width = q.shape
-    q = (q * scale).reshape(batch, length, k.shape[2], heads // k.shape[2], width)
+    # Heads stand before tokens in every product: then no score is moved, forward or backward.
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
     def block(q, positions, segments):
-        scores = jnp.einsum("btgnk,bsgk->bgnts", q, k, preferred_element_type=jnp.float32)
+        # Queries of the heads that share keys are rows of one matrix.
+        rows = jnp.swapaxes(q * scale, 1, 2).reshape(batch, k.shape[1], -1, width)
+        scores = jnp.einsum("bgrk,bgsk->bgrs", rows, k, preferred_element_type=jnp.float32)
         mask = key_positions[:, None, :] <= positions[:, :, None]
         if segments is not None:
             mask &= key_segments[:, None, :] == segments[:, :, None]
-        scores = jnp.where(mask[:, None, None], scores, _HIDDEN)
+        scores = scores.reshape(batch, heads, *mask.shape[1:])
+        scores = jnp.where(mask[:, None], scores, _HIDDEN)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bgnts,bsgv->btgnv", weights, v)
+        out = jnp.einsum("bgrs,bgsv->bgrv", weights.reshape(*rows.shape[:3], -1), v)
+        return jnp.swapaxes(out.reshape(batch, heads, q.shape[1], -1), 1, 2)
 
     if length <= _QUERY_BLOCK:
         out = block(q, query_positions, query_segments)
