@@ -237,32 +237,38 @@ def make_train_step(
         if config.clip_norm is not None:
             shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
             grads = {n: g * shrink for n, g in grads.items()}
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        new = flat | {n: trained[n] + u for n, u in updates.items()}
-        new |= _balance(experiment, state.step, info, flat, stats)
-        new = {n: place_param(x, info[n].axes) for n, x in new.items()}
-        ema = state.ema
-        if ema is not None:
-            d = config.ema_decay
-            average = {n: d * e + (1 - d) * new[n] for n, e in flatten(ema).items()}
-            ema = unflatten({n: place_param(x, info[n].axes) for n, x in average.items()}, info)
 
+        def update(state: TrainState) -> TrainState:
+            flat = flatten(state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, flat)
+            new = flat | {n: flat[n] + u for n, u in updates.items()}
+            new |= _balance(experiment, state.step, info, flat, stats)
+            new = {n: place_param(x, info[n].axes) for n, x in new.items()}
+            ema = state.ema
+            if ema is not None:
+                d = config.ema_decay
+                average = {n: d * e + (1 - d) * new[n] for n, e in flatten(ema).items()}
+                ema = unflatten({n: place_param(x, info[n].axes) for n, x in average.items()}, info)
+            return TrainState(
+                step=state.step + 1,
+                params=unflatten(new, info),
+                opt_state=_place_moments(opt_state, info),
+                ema=ema,
+            )
+
+        # A branch rather than a choice in every element: XLA then updates the state in place,
+        # where it would copy moments that both the old and the new state are made from.
+        after = jax.lax.cond(finite, update, lambda state: state, state)
         metrics |= {
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": norm,
-            "param_norm": global_norm(new),
+            "param_norm": global_norm(flatten(after.params)),
             "finite": finite,
         }
         if stats:
             worst = [jnp.max(s.max(-1) / _positive(s.mean(-1))) for s in stats.values()]
             metrics["load_imbalance"] = functools.reduce(jnp.maximum, worst)
-        after = TrainState(
-            step=state.step + 1,
-            params=unflatten(new, info),
-            opt_state=_place_moments(opt_state, info),
-            ema=ema,
-        )
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, state), metrics
+        return after, metrics
 
     return jax.jit(train_step, donate_argnames="state")
 
