@@ -37,6 +37,7 @@ bench: $(VENV)/.parity
 	$(BIN)/python bench/speculative.py
 	$(BIN)/python bench/policy_chain.py --batches=1,8
 	$(BIN)/python bench/autodeco.py --task=step
+	$(BIN)/python bench/power.py --chains=1 --chains=16 --turns=2
 	$(BIN)/python bench/vs_transformers.py
 
 lint: $(VENV)/.dev
