@@ -75,7 +75,7 @@ def generation(model: Model, peer, rows: int = 1) -> dict:
     """Callables that generate ``--new_tokens`` tokens greedily, after each of ``rows`` prompts."""
     rng = np.random.default_rng(1)
     prompt = rng.integers(3, model.config.vocab_size, (rows, _PROMPT))
-    count = _NEW_TOKENS.value
+    count, model = _NEW_TOKENS.value, model.unrolled()
 
     def ours():
         out = generate(model, prompt.tolist(), Greedy(), count, stop_tokens=())

@@ -109,11 +109,23 @@ class Stack(nnx.Module):
         self.body = nnx.List([stacked(kind) for kind in group])
         self.tail = nnx.List([make(kind, rngs) for kind in kinds[self.plan.stop :]])
 
+    def unroll(self) -> None:
+        """Take the scanned blocks apart, so that every block is run by itself, in order."""
+
+        def block(index):
+            part, i, repeat = self.plan.place(index)
+            one = getattr(self, part)[i]
+            return one if repeat is None else nnx.merge(*_repeat(one, repeat))
+
+        self.head = nnx.List([block(index) for index in range(self.plan.num_blocks)])
+        self.body, self.tail = nnx.List([]), nnx.List([])
+        self.plan = StackPlan(self.plan.num_blocks, self.plan.num_blocks, 0, 0)
+
     def init_cache(self, make: Callable[[nnx.Module], Any]) -> dict[str, list]:
         """A cache for every block: ``make(block)``, stacked for the scanned ones."""
 
         def stacked(block):
-            one = make(nnx.merge(*_first(block)))
+            one = make(nnx.merge(*_repeat(block, 0)))
             return jax.tree.map(
                 lambda leaf: jnp.broadcast_to(leaf, (self.plan.repeats, *leaf.shape)), one
             )
@@ -185,10 +197,18 @@ class Stack(nnx.Module):
         return x, new, stats
 
 
-def _first(block):
-    """A stacked block's first layer, as ``(graphdef, state)``."""
+def _repeat(block, index):
+    """One layer of a stacked block, as ``(graphdef, state)``."""
     graphdef, state = nnx.split(block)
-    return graphdef, jax.tree.map(lambda leaf: leaf[0], state)
+    return graphdef, jax.tree.map(lambda leaf: leaf[index], state)
+
+
+def unroll(module: nnx.Module) -> nnx.Module:
+    """``module`` itself, with every stack in it taken apart; see :meth:`Stack.unroll`."""
+    for _, node in nnx.iter_modules(module):
+        if isinstance(node, Stack):
+            node.unroll()
+    return module
 
 
 def unstack(tree: dict, stack_plan: StackPlan) -> list:

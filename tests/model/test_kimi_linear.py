@@ -160,8 +160,11 @@ class TestEquivalences:
         params = {**tiny.params, "stack": restack(blocks, plan(TINY.kinds, scan=False))}
         graphdef, shapes, _ = abstract(lambda key: build_model(unrolled, key))
         assert jax.tree.structure(shapes) == jax.tree.structure(params)
-        other = Model(unrolled, graphdef, params)
+        other = tiny.unrolled()
+        assert other.config == unrolled
+        jax.tree.map(np.testing.assert_array_equal, other.params, params)
         ids = tokens_of((2, 21))
+        np.testing.assert_array_equal(Model(unrolled, graphdef, params)(ids)[0], other(ids)[0])
         np.testing.assert_allclose(other(ids)[0], tiny(ids)[0], atol=1e-4)
         cached, _ = other(ids, other.init_cache(2, 32))
         np.testing.assert_allclose(cached, tiny(ids, tiny.init_cache(2, 32))[0], atol=1e-4)
@@ -241,11 +244,17 @@ class TestEquivalences:
             sharded = Model(TINY, tiny.graphdef, params, mesh=mesh)
             logits, cache = sharded(jax.device_put(ids, rows), sharded.init_cache(4, 24))
             last, _ = sharded(jax.device_put(ids[:, :1], rows), cache)
+            apart = sharded.unrolled()
+            unrolled, _ = apart(jax.device_put(ids, rows), apart.init_cache(4, 24))
+        stacked = params["stack"]["body"][0]["mixer"]["q_proj"]["kernel"].sharding.spec
+        kernel = apart.params["stack"]["head"][1]["mixer"]["q_proj"]["kernel"].sharding.spec
+        assert tuple(kernel)[:2] == tuple(stacked)[1:3] == ("fsdp", "tensor")
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), found, expected
         )
         alone, cache = tiny(ids, tiny.init_cache(4, 24))
         np.testing.assert_allclose(logits, alone, atol=1e-4)
+        np.testing.assert_allclose(unrolled, alone, atol=1e-4)
         np.testing.assert_allclose(last, tiny(ids[:, :1], cache)[0], atol=1e-4)
 
     def test_bfloat16_is_close_and_finite(self, tiny):
