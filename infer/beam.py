@@ -24,8 +24,8 @@ from .cache import CacheLayout
 from .loop import FINISH_REASONS, LENGTH, STOPPED, DecodeState, run
 from .next_token import NextToken, commit, context_of, forward
 from .policy import Policy, propose
-from .programs import program_of
-from .request import Batch, Prompts, make_batch, take_rows_of
+from .programs import program_of, read_prompts
+from .request import Batch, Prompts, make_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,31 +301,11 @@ def beam_search(
     rows = np.repeat(np.arange(len(batch.lengths), dtype=np.int32), num_beams)
     reader = program_of(model, NextToken, ())
     searcher = program_of(model, BeamSearch, num_beams, early)
+    many = batch.take(rows)
+    state = read_prompts(model, reader, batch, many, rows, needs=batch.policy.needs)
     with model.context():
-        state = reader.prefill(
-            model.params,
-            batch.prompts,
-            batch.lengths,
-            batch.limits,
-            batch.seeds,
-            batch.samples,
-            capacity=batch.capacity,
-            needs=batch.policy.needs,
-        )
-        state = reader.fork(
-            model.params,
-            state,
-            rows,
-            batch.limits[rows],
-            batch.seeds[rows],
-            batch.samples[rows],
-        )
         state = searcher.search(
-            model.params,
-            take_rows_of(batch.policy, rows),
-            state,
-            batch.stop_tokens[rows],
-            jnp.float32(length_penalty),
+            model.params, many.policy, state, many.stop_tokens, jnp.float32(length_penalty)
         )
     return _result(model, batch, jax.device_get(state.pool), num_beams, n)
 

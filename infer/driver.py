@@ -14,7 +14,7 @@ from ..model.handle import Model
 from .drafts import Drafter
 from .loop import FINISH_REASONS, STOPPED, DecodeState
 from .next_token import NextToken
-from .programs import program_of
+from .programs import program_of, read_prompts
 from .records import LogProb, ProposalLogProb, Record, Top
 from .request import Batch
 from .text import TextStream
@@ -79,23 +79,11 @@ class Run:
             raise InputError(f"stop={list(stop)} needs a tokenizer; this model has none")
         if any(not s for s in stop):
             raise InputError(f"stop={list(stop)} holds an empty string, which would end every row")
-        with model.context():
-            state = decoder.prefill(
-                self.params,
-                batch.prompts,
-                batch.lengths,
-                batch.limits,
-                batch.seeds,
-                batch.samples,
-                capacity=batch.capacity,
-                needs=needs,
-            )
-            if n > 1:
-                batch, rows = batch.repeat(n, model.batch_ways())
-                state = decoder.fork(
-                    self.params, state, rows, batch.limits, batch.seeds, batch.samples
-                )
-        self.batch, self.state = batch, state
+        many, rows = (None, None) if n == 1 else batch.repeat(n, model.batch_ways())
+        self.state = read_prompts(
+            model, decoder, batch, many, rows, params=self.params, needs=needs
+        )
+        batch = self.batch = many or batch
         self.streams = [TextStream(decode, stop) for _ in range(batch.count)]
         self._stops = [set(row.tolist()) for row in batch.stop_tokens]
         self._seen = batch.lengths.copy()

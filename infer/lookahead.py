@@ -28,7 +28,7 @@ from .generate import decoder_of
 from .loop import DecodeState, run
 from .next_token import commit, forward, next_token_step
 from .policy import Temperature
-from .programs import program_of
+from .programs import program_of, read_prompts
 from .records import LogProb
 from .request import Batch
 from .samples import PowerSamples, collect
@@ -338,18 +338,8 @@ def sample_lookahead(
     search = program_of(model, Lookahead, *settings)
     batch = dataclasses.replace(batch, limits=np.minimum(batch.limits, batch.lengths + t_max))
     many, rows = batch.repeat(n, model.batch_ways())
-    decoder = decoder_of(model)
+    state = read_prompts(model, decoder_of(model), batch, many, rows)
     with model.context():
-        state = decoder.prefill(
-            model.params,
-            batch.prompts,
-            batch.lengths,
-            batch.limits,
-            batch.seeds,
-            batch.samples,
-            capacity=batch.capacity,
-        )
-        state = decoder.fork(model.params, state, rows, many.limits, many.seeds, many.samples)
         found = search.run(
             model.params, state, many.stop_tokens, jnp.float32(alpha), jnp.int32(horizon)
         )

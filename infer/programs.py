@@ -1,4 +1,4 @@
-"""What programs over the loop share on the host: they are compiled once a model, and give text."""
+"""What programs over the loop share on the host: compiled once a model, from prompts to text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..model.handle import Model
-from .loop import FINISH_REASONS
+from .loop import FINISH_REASONS, DecodeState
+from .next_token import NextToken
 from .request import Batch
 
 Program = TypeVar("Program")
@@ -24,6 +25,44 @@ def program_of(model: Model, kind: Callable[..., Program], *settings: Hashable) 
     if (kind, settings) not in programs:
         programs[kind, settings] = kind(model.graphdef, *settings)
     return programs[kind, settings]
+
+
+def read_prompts(
+    model: Model,
+    decoder: NextToken,
+    batch: Batch,
+    many: Batch | None = None,
+    rows: np.ndarray | None = None,
+    *,
+    params: Any = None,
+    needs: frozenset[str] = frozenset(),
+) -> DecodeState:
+    """The state in which ``batch``'s prompts have been read, forked to ``many`` if that is given.
+
+    Args:
+        model: that reads them.
+        decoder: its compiled functions.
+        batch: the prompts.
+        many: the rows to go on with.
+        rows: the row of ``batch`` that each of ``many`` is forked from.
+        params: what the decoder takes as parameters; the model's if None.
+        needs: of the policy to come.
+    """
+    params = model.params if params is None else params
+    with model.context():
+        state = decoder.prefill(
+            params,
+            batch.prompts,
+            batch.lengths,
+            batch.limits,
+            batch.seeds,
+            batch.samples,
+            capacity=batch.capacity,
+            needs=needs,
+        )
+        if many is None:
+            return state
+        return decoder.fork(params, state, rows, many.limits, many.seeds, many.samples)
 
 
 def responses(

@@ -43,6 +43,12 @@ class Batch:
     capacity: int
     count: int
 
+    def take(self, rows: np.ndarray) -> Batch:
+        """These rows, in this order; ``count`` is left as it is."""
+        names = ("prompts", "lengths", "limits", "seeds", "samples", "stop_tokens")
+        picked = {name: getattr(self, name)[rows] for name in names}
+        return dataclasses.replace(self, **picked, policy=take_rows_of(self.policy, rows))
+
     def repeat(self, n: int, multiple: int) -> tuple[Batch, np.ndarray]:
         """``n`` samples of every request, and the row that each is forked from."""
         rows = np.repeat(np.arange(self.count), n)
@@ -52,15 +58,7 @@ class Batch:
         ).astype(np.int32)
         limits = np.where(np.arange(len(padded)) < len(rows), self.limits[padded], 0)
         batch = dataclasses.replace(
-            self,
-            prompts=self.prompts[padded],
-            lengths=self.lengths[padded],
-            limits=limits.astype(np.int32),
-            seeds=self.seeds[padded],
-            samples=samples,
-            stop_tokens=self.stop_tokens[padded],
-            policy=take_rows_of(self.policy, padded),
-            count=len(rows),
+            self.take(padded), limits=limits.astype(np.int32), samples=samples, count=len(rows)
         )
         return batch, padded.astype(np.int32)
 

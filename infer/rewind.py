@@ -107,8 +107,7 @@ def rewind(
         on_grid: every slot is a multiple of the stride, so that nothing is read again.
     """
     if not layout.is_recurrent:
-        length = jnp.where(rows, state.prompt_length + slot - 1, state.cache.length)
-        return dataclasses.replace(state.cache, length=length.astype(jnp.int32))
+        return _shorter(state, slot, rows)
     index = slot // snapshots.stride
     cache = snapshots.restore(layout, index, rows, state.cache)
     if on_grid:
@@ -134,8 +133,7 @@ def reread(
     if layout.is_recurrent:
         cache = snapshots.restore(layout, index, rows, state.cache)
     else:
-        length = jnp.where(rows, state.prompt_length + index * stride - 1, state.cache.length)
-        cache = dataclasses.replace(state.cache, length=length.astype(jnp.int32))
+        cache = _shorter(state, index * stride, rows)
     first = jnp.min(jnp.where(rows, index, state.tokens.shape[1]))
     last = jnp.max(jnp.where(rows, -(-own // stride), 0))
 
@@ -166,3 +164,9 @@ def read_piece(
     places = jnp.minimum(places, state.tokens.shape[1] - 1)
     tokens = jnp.take_along_axis(state.tokens, places, axis=1)
     return model(jnp.where(unread, tokens, 0), cache, segment_ids=unread.astype(jnp.int32))[1]
+
+
+def _shorter(state: DecodeState, slot: Int[Array, "B"], rows: Bool[Array, "B"]) -> Any:
+    """The cache, of which ``rows`` have read as much as at ``slot``."""
+    length = jnp.where(rows, state.prompt_length + slot - 1, state.cache.length)
+    return dataclasses.replace(state.cache, length=length.astype(jnp.int32))

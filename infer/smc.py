@@ -32,7 +32,7 @@ from .driver import decoder_of
 from .loop import DecodeState, run
 from .next_token import commit, context_of, draw, forward, row_keys
 from .policy import COLDEST, Temperature
-from .programs import program_of
+from .programs import program_of, read_prompts
 from .records import log_prob_of
 from .request import Batch
 from .samples import PowerSamples, collect
@@ -368,26 +368,10 @@ def _run(
     sets, rows = batch.repeat(n, ways // math.gcd(ways, count))
     place = np.repeat(np.arange(len(rows)), count)
     samples = sets.samples[place] * count + np.tile(np.arange(count), len(rows))
-    decoder = decoder_of(model)
+    many = dataclasses.replace(sets.take(place), samples=samples.astype(np.int32))
+    state = read_prompts(model, decoder_of(model), batch, many, rows[place])
     with model.context():
-        state = decoder.prefill(
-            model.params,
-            batch.prompts,
-            batch.lengths,
-            batch.limits,
-            batch.seeds,
-            batch.samples,
-            capacity=batch.capacity,
-        )
-        state = decoder.fork(
-            model.params,
-            state,
-            rows[place],
-            sets.limits[place],
-            sets.seeds[place],
-            samples.astype(np.int32),
-        )
         _, chosen = program.run(
-            model.params, state, sets.seeds, sets.samples, sets.stop_tokens[place], schedule
+            model.params, state, sets.seeds, sets.samples, many.stop_tokens, schedule
         )
     return sets, jax.device_get(chosen)

@@ -49,8 +49,11 @@ class Model:
 
         Faster to decode with on a CPU, where a scan copies each layer's weights before it uses
         them; slower to compile. Call it once and keep what it returns: it holds copies of the
-        parameters that were stacked. Its config says ``scan_layers=False``.
+        parameters that were stacked. Its config says ``scan_layers=False``; a model that has
+        nothing stacked is returned as it is.
         """
+        if not getattr(self.config, "scan_layers", False):
+            return self
 
         def apart(params):
             return split(unroll(nnx.merge(self.graphdef, params)))
