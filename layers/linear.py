@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ..sharding import constrain, project, take
+from ..sharding import constrain, einsum, project, take
 
 
 def normal(key: jax.Array, shape: Sequence[int], stddev: float) -> Float[Array, "..."]:
@@ -20,7 +20,7 @@ def normal(key: jax.Array, shape: Sequence[int], stddev: float) -> Float[Array, 
 
 
 class Linear(nnx.Module):
-    """``y = x @ kernel`` over the trailing dimensions, without a bias.
+    """``y = x @ kernel + bias`` over the trailing dimensions.
 
     Dimensions that mean something stay apart: a query projection has the kernel
     ``[embed, heads, head_dim]`` and maps ``[B, T, D]`` to ``[B, T, N, K]``.
@@ -28,6 +28,8 @@ class Linear(nnx.Module):
     Args:
         in_axes: ``{logical axis: size}`` of the contracted dimensions; None is no axis.
         out_axes: ``{logical axis: size}`` of the produced ones.
+        use_bias: add a bias of shape ``out_axes``, which starts at zero; without it there is no
+            attribute ``bias``.
         stddev: of the initial weights.
     """
 
@@ -37,21 +39,28 @@ class Linear(nnx.Module):
         out_axes: dict[str | None, int],
         *,
         rngs: nnx.Rngs,
+        use_bias: bool = False,
         stddev: float = 0.02,
     ):
         shape = (*in_axes.values(), *out_axes.values())
         self.kernel = nnx.Param(
             normal(rngs.params(), shape, stddev), axes=(*in_axes.keys(), *out_axes.keys())
         )
+        if use_bias:
+            zeros = jnp.zeros(tuple(out_axes.values()), jnp.float32)
+            self.bias = nnx.Param(zeros, axes=tuple(out_axes))
         self.out_axes = tuple(out_axes)
 
     def __call__(self, x: Float[Array, "B T *in"]) -> Float[Array, "B T *out"]:
         """Apply the map; the result has the dtype of ``x``."""
-        return project(x, self.kernel[...].astype(x.dtype), ("batch", "seq", *self.out_axes))
+        y = project(x, self.kernel[...].astype(x.dtype), ("batch", "seq", *self.out_axes))
+        if not hasattr(self, "bias"):
+            return y
+        return y + constrain(self.bias[...].astype(x.dtype), *self.out_axes)
 
 
 class Embedding(nnx.Module):
-    """A table of ``vocab_size`` rows; the input side of a language model."""
+    """A table of ``vocab_size`` rows: the input side of a language model, or both sides."""
 
     def __init__(self, vocab_size: int, features: int, *, rngs: nnx.Rngs, stddev: float = 0.02):
         self.embedding = nnx.Param(
@@ -63,6 +72,16 @@ class Embedding(nnx.Module):
         # Gathering the storage-sharded dimension first keeps the look-up local to a device.
         table = constrain(self.embedding[...].astype(dtype), "vocab", "embed")
         return take(table, tokens, ("batch", "seq", "embed"))
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The table as an output head (tied embeddings): float32 products with every row."""
+        return einsum(
+            "btd,vd->btv",
+            hidden,
+            self.embedding[...].astype(hidden.dtype),
+            ("batch", "seq", "vocab"),
+            preferred_element_type=jnp.float32,
+        )
 
 
 def conv_kernel(key: jax.Array, channels: Sequence[int], width: int) -> Float[Array, "... W"]:

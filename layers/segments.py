@@ -40,3 +40,15 @@ def segment_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     so two positions share a segment exactly when their numbers are equal and both are tokens.
     """
     return jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def token_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many tokens of its own segment stand before each token: 0, 1, 2, ... (int32).
+
+    Padding counts nothing, wherever it stands, so a left-padded row has the positions of the row
+    alone. On padding itself the value is that of the token before it (0 before the first one).
+    """
+    count = jnp.cumsum(is_token(segment_ids), axis=1, dtype=jnp.int32) - 1
+    # At a segment's start, the count is what the segments before it amount to; it only grows.
+    first = jnp.where(segment_starts(segment_ids), count, 0)
+    return jnp.maximum(count - jax.lax.cummax(first, axis=1), 0)

@@ -27,13 +27,15 @@ def attention(
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B S"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N V"]:
     """``softmax(scale * q kᵀ) v`` with float32 scores.
 
-    A query sees the keys whose position is not larger than its own and, where segments are given,
-    whose segment is its own. Query head ``n`` reads key head ``n // (N // G)``. A query that sees
-    no key returns a finite value.
+    A query sees the keys whose position is not larger than its own, at most ``window - 1`` smaller
+    and, where segments are given, whose segment is its own. Query head ``n`` reads key head
+    ``n // (N // G)``. A query that sees no key returns a finite value.
 
     Args:
         q: queries; ``N`` is a multiple of ``G``.
@@ -44,18 +46,25 @@ def attention(
         query_segments: segment of each query; None is one segment.
         key_segments: segment of each key.
         scale: ``K ** -0.5`` if None.
+        softcap: scaled scores become ``softcap * tanh(scores / softcap)``, before anything is
+            hidden (Gemma-2, arXiv 2408.00118, section 2); None leaves them.
+        window: how many of the newest keys a query sees, itself included; None is all.
         implementation: ``"xla"``, ``"reference"``, or None for the platform's best.
 
     Returns:
         One vector a query head, in the dtype of ``v``.
 
     Raises:
-        InputError: an unknown implementation, or head counts that do not divide.
+        InputError: an unknown implementation, head counts that do not divide, or a window or soft
+            cap that is not positive.
     """
     if q.shape[2] % k.shape[2]:
         raise InputError(
             f"attention: num_heads={q.shape[2]} is not a multiple of num_kv_heads={k.shape[2]}"
         )
+    for name, value in (("softcap", softcap), ("window", window)):
+        if value is not None and value <= 0:
+            raise InputError(f"attention: {name}={value} must be positive; None turns it off")
     if implementation not in (None, *_IMPLEMENTATIONS):
         raise InputError(
             f"attention: implementation={implementation!r} is not one of "
@@ -71,5 +80,7 @@ def attention(
             key_positions,
             query_segments,
             key_segments,
-            1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+            scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+            softcap=softcap,
+            window=window,
         )

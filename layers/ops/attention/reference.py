@@ -5,15 +5,29 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from .mask import visible
 
-def attention(q, k, v, query_positions, key_positions, query_segments, key_segments, scale):
+
+def attention(
+    q,
+    k,
+    v,
+    query_positions,
+    key_positions,
+    query_segments,
+    key_segments,
+    *,
+    scale,
+    softcap,
+    window,
+):
     """See :func:`..attention`."""
     groups = q.shape[2] // k.shape[2]
     k = jnp.repeat(k.astype(jnp.float32), groups, axis=2)
     v32 = jnp.repeat(v.astype(jnp.float32), groups, axis=2)
     scores = scale * jnp.einsum("btnk,bsnk->bnts", q.astype(jnp.float32), k)
-    mask = key_positions[:, None, :] <= query_positions[:, :, None]
-    if query_segments is not None:
-        mask &= key_segments[:, None, :] == query_segments[:, :, None]
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    mask = visible(query_positions, key_positions, query_segments, key_segments, window)
     scores = jnp.where(mask[:, None], scores, -1e30)
     return jnp.einsum("bnts,bsnv->btnv", jax.nn.softmax(scores, axis=-1), v32).astype(v.dtype)

@@ -5,11 +5,25 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from .mask import visible
+
 _QUERY_BLOCK = 512
 _HIDDEN = -1e30  # Finite: a row without a visible key must not become NaN.
 
 
-def attention(q, k, v, query_positions, key_positions, query_segments, key_segments, scale):
+def attention(
+    q,
+    k,
+    v,
+    query_positions,
+    key_positions,
+    query_segments,
+    key_segments,
+    *,
+    scale,
+    softcap,
+    window,
+):
     """See :func:`..attention`."""
     batch, length, heads, width = q.shape
     # Heads stand before tokens in every product: then no score is moved, forward or backward.
@@ -19,9 +33,9 @@ def attention(q, k, v, query_positions, key_positions, query_segments, key_segme
         # Queries of the heads that share keys are rows of one matrix.
         rows = jnp.swapaxes(q * scale, 1, 2).reshape(batch, k.shape[1], -1, width)
         scores = jnp.einsum("bgrk,bgsk->bgrs", rows, k, preferred_element_type=jnp.float32)
-        mask = key_positions[:, None, :] <= positions[:, :, None]
-        if segments is not None:
-            mask &= key_segments[:, None, :] == segments[:, :, None]
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        mask = visible(positions, key_positions, segments, key_segments, window)
         scores = scores.reshape(batch, heads, *mask.shape[1:])
         scores = jnp.where(mask[:, None], scores, _HIDDEN)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -42,6 +42,50 @@ def test_equals_reference(shape):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("shape", [{"groups": 1}, {"queries": 3, "keys": 13}, {"queries": 530}])
+def test_window_and_softcap_equal_reference(shape, window, softcap):
+    """Packed, with grouped heads, across blocks of queries; scores far beyond the cap."""
+    (q, k, v), where = inputs(batch=2, **{"keys": shape.get("queries", 9), **shape})
+    segments = jnp.broadcast_to(jnp.arange(k.shape[1]) // 7, k.shape[:2])
+    settings = {
+        **where,
+        "query_segments": segments[:, -q.shape[1] :],
+        "key_segments": segments,
+        "scale": 2.0,
+        "window": window,
+        "softcap": softcap,
+    }
+
+    def loss(implementation):
+        def run(*arrays):
+            out = attention(*arrays, **settings, implementation=implementation)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (_, found), grads = loss("xla")
+    (_, expected), expected_grads = loss("reference")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for a, b in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_window_and_softcap_equal_their_formula(implementation):
+    """One row at a time in numpy: the key at a distance of ``window`` is hidden."""
+    (q, k, v), where = inputs(batch=1, heads=1, groups=1)
+    out = attention(
+        q, k, v, **where, scale=0.7, window=4, softcap=1.5, implementation=implementation
+    )
+    q, k, v = (np.asarray(x)[0, :, 0] for x in (q, k, v))
+    for i in range(9):
+        seen = slice(max(0, i - 3), i + 1)
+        weights = np.exp(1.5 * np.tanh(0.7 * k[seen] @ q[i] / 1.5))
+        np.testing.assert_allclose(out[0, i, 0], weights @ v[seen] / weights.sum(), atol=1e-5)
+
+
 def test_segments_do_not_see_each_other():
     arrays, where = inputs(batch=1)
     segments = jnp.array([[0, 0, 0, 1, 1, 1, 1, -1, -1]])
@@ -59,10 +103,11 @@ def test_a_query_without_keys_is_finite():
     assert all(np.isfinite(g).all() for g in grads)
 
 
-def test_bfloat16():
+@pytest.mark.parametrize("more", [{}, {"window": 4, "softcap": 2.0}])
+def test_bfloat16(more):
     arrays, where = inputs(dtype=jnp.bfloat16)
-    found = attention(*arrays, **where)
-    expected = attention(*(x.astype(jnp.float32) for x in arrays), **where)
+    found = attention(*arrays, **where, **more)
+    expected = attention(*(x.astype(jnp.float32) for x in arrays), **where, **more)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=3e-2)
 
@@ -74,3 +119,7 @@ def test_bad_calls_are_named():
     arrays, where = inputs()
     with pytest.raises(InputError, match="implementation='flash'"):
         attention(*arrays, **where, implementation="flash")
+    with pytest.raises(InputError, match="window=0 must be positive"):
+        attention(*arrays, **where, window=0)
+    with pytest.raises(InputError, match=r"softcap=-1\.0 must be positive"):
+        attention(*arrays, **where, softcap=-1.0)
