@@ -79,7 +79,9 @@ def check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
 
 def tokenizer_files(workdir: epath.Path) -> dict[str, bytes]:
     """The tokenizer's files, by the path at which a checkpoint keeps a copy."""
-    return {f"{TOKENIZER}/{p.name}": p.read_bytes() for p in (workdir / TOKENIZER).iterdir()}
+    saved = workdir / TOKENIZER
+    paths = (path for path in saved.rglob("*") if path.is_file())
+    return {f"{TOKENIZER}/{path.relative_to(saved)}": path.read_bytes() for path in paths}
 
 
 def may_change(path: str) -> bool:
