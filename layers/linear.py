@@ -51,9 +51,13 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(zeros, axes=tuple(out_axes))
         self.out_axes = tuple(out_axes)
 
-    def __call__(self, x: Float[Array, "B T *in"]) -> Float[Array, "B T *out"]:
-        """Apply the map; the result has the dtype of ``x``."""
-        y = project(x, self.kernel[...].astype(x.dtype), ("batch", "seq", *self.out_axes))
+    def __call__(self, x: Float[Array, "B T *in"], **kwargs) -> Float[Array, "B T *out"]:
+        """Apply the map; the result has the dtype of ``x``.
+
+        ``kwargs`` go to the product (``preferred_element_type``, ``precision``).
+        """
+        axes = ("batch", "seq", *self.out_axes)
+        y = project(x, self.kernel[...].astype(x.dtype), axes, **kwargs)
         if not hasattr(self, "bias"):
             return y
         return y + constrain(self.bias[...].astype(x.dtype), *self.out_axes)

@@ -7,24 +7,19 @@ configuration of the released 48B-A3B checkpoints.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
 
 from ..errors import InputError
 from ..layers.kimi_delta_attention import KimiDeltaAttention
 from ..layers.latent_attention import LatentAttention
-from ..layers.linear import Embedding, Linear
 from ..layers.mlp import SwiGLU
 from ..layers.moe import MoE
 from ..layers.norm import RMSNorm
 from ..layers.segments import is_token
-from ..layers.stack import REMAT_POLICIES, Stack
-from ..sharding import constrain, project
+from ..sharding import constrain
+from .decoder import Decoder, check_config
 
 _POSITIVE = (
     "vocab_size",
@@ -111,9 +106,7 @@ class KimiLinearConfig:
     attention_implementation: str | None = None
 
     def __post_init__(self):
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name}={getattr(self, name)} must be at least 1")
+        check_config(self, _POSITIVE)
         for name in ("kda_layers", "full_attn_layers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         listed = sorted(self.kda_layers + self.full_attn_layers)
@@ -123,10 +116,6 @@ class KimiLinearConfig:
                 f"{self.full_attn_layers} must together name each of the layers "
                 f"1..{self.num_layers} once"
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"model.dtype={self.dtype!r} is not 'float32' or 'bfloat16'")
-        if self.remat not in REMAT_POLICIES:
-            raise InputError(f"model.remat={self.remat!r} is not one of {sorted(REMAT_POLICIES)}")
         if self.num_experts:
             self._check_experts()
         values = self.kda_num_value_heads or self.kda_num_heads
@@ -349,20 +338,6 @@ class KimiLinearConfig:
         return 3.0 * (2 * matrices + mixers)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KimiLinearCache:
-    """What decoding remembers.
-
-    Attributes:
-        layers: a ``KDACache`` or ``MLACache`` for every block, laid out as the stack's parameters.
-        length: tokens read so far in each row, ``[B]`` int32.
-    """
-
-    layers: dict[str, list[Any]]
-    length: Any
-
-
 class KimiLinearBlock(nnx.Module):
     """A pre-norm residual block: ``x + mixer(norm(x))``, then ``x + ffn(norm(x))``."""
 
@@ -417,8 +392,9 @@ class KimiLinearBlock(nnx.Module):
             return self.mixer.init_cache(batch, dtype)
         return self.mixer.init_cache(batch, max_length, dtype)
 
-    def __call__(self, x, cache=None, *, length=None, segment_ids=None):
+    def __call__(self, x, cache=None, *, length=None, segment_ids=None, positions=None):
         """``(x, cache, stats)``; see :class:`~jaxalope.layers.stack.Stack`."""
+        del positions
         normed = self.input_norm(x)
         if isinstance(self.mixer, KimiDeltaAttention):
             mixed, cache = self.mixer(normed, cache, segment_ids=segment_ids)
@@ -434,85 +410,9 @@ class KimiLinearBlock(nnx.Module):
         return constrain(x + out, "batch", "seq", "embed"), cache, stats
 
 
-class KimiLinear(nnx.Module):
-    """The language model."""
+class KimiLinear(Decoder):
+    """The language model; nothing in it depends on ``positions``."""
 
     def __init__(self, config: KimiLinearConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        stddev = config.initializer_range
-        self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, stddev=stddev)
-        self.stack = Stack(
-            lambda kind, rngs: KimiLinearBlock(config, kind, rngs=rngs),
-            config.kinds,
-            rngs=rngs,
-            scan=config.scan_layers,
-            remat=config.remat,
-        )
-        self.final_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
-        self.lm_head = Linear(
-            {"embed": config.hidden_size}, {"vocab": config.vocab_size}, rngs=rngs, stddev=stddev
-        )
-
-    def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> KimiLinearCache:
-        """An empty cache for ``batch`` rows of up to ``max_length`` tokens each.
-
-        ``dtype`` of latents and convolution inputs is the model's if None; KDA states are float32.
-        """
-        dtype = jnp.dtype(dtype or self.config.dtype)
-        layers = self.stack.init_cache(lambda block: block.init_cache(batch, max_length, dtype))
-        length = constrain(jnp.zeros((batch,), jnp.int32), "batch")
-        return KimiLinearCache(layers=layers, length=length)
-
-    def hidden_states(
-        self,
-        tokens: Int[Array, "B T"],
-        cache: KimiLinearCache | None = None,
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KimiLinearCache | None, dict]:
-        """The final normalised activations, before the output head.
-
-        Args:
-            tokens: ids below ``vocab_size``.
-            cache: of the tokens before; None trains.
-            segment_ids: 0 is padding; documents packed in one row carry different ids. With a cache
-                a row is one document, its tokens first and padding after them.
-            positions: accepted for the zoo's sake; nothing here depends on them.
-
-        Returns:
-            Activations in the compute dtype, the cache, and the load of every expert at the path of
-            the router bias it balances.
-        """
-        del positions
-        x = self.embed(tokens, jnp.dtype(self.config.dtype))
-        length = None if cache is None else cache.length
-        layers = None if cache is None else cache.layers
-        x, layers, stats = self.stack(x, layers, length=length, segment_ids=segment_ids)
-        if cache is not None:
-            new = tokens.shape[1] if segment_ids is None else is_token(segment_ids).sum(axis=1)
-            cache = KimiLinearCache(layers=layers, length=(length + new).astype(jnp.int32))
-        return self.final_norm(x), cache, {"stack": stats} if stats else {}
-
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
-        """Unnormalised log-probabilities of the next token, float32."""
-        return project(
-            hidden,
-            self.lm_head.kernel[...].astype(hidden.dtype),
-            ("batch", "seq", "vocab"),
-            preferred_element_type=jnp.float32,
-        )
-
-    def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        cache: KimiLinearCache | None = None,
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T vocab"], KimiLinearCache | None]:
-        """Next-token logits and the cache; arguments as for :meth:`hidden_states`."""
-        hidden, cache, _ = self.hidden_states(
-            tokens, cache, segment_ids=segment_ids, positions=positions
-        )
-        return self.logits(hidden), cache
+        norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
+        super().__init__(config, KimiLinearBlock, norm, rngs=rngs)
