@@ -80,7 +80,7 @@ def check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
 def tokenizer_files(workdir: epath.Path) -> dict[str, bytes]:
     """The tokenizer's files, by the path at which a checkpoint keeps a copy."""
     saved = workdir / TOKENIZER
-    paths = (path for path in saved.rglob("*") if path.is_file())
+    paths = (path for level in ("*", "*/*") for path in saved.glob(level) if path.is_file())
     return {f"{TOKENIZER}/{path.relative_to(saved)}": path.read_bytes() for path in paths}
 
 
