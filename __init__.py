@@ -40,6 +40,7 @@ _PUBLIC = {
     "load": "model",
     "parse_policy": "infer",
     "power_sample": "infer",
+    "save": "model",
     "self_consistency": "infer",
     "stream": "infer",
 }

@@ -7,3 +7,7 @@ lines print it without a traceback and exit with status 2; everything else keeps
 
 class InputError(ValueError):
     """A value given by the user cannot be used; the message says which, and what to do."""
+
+
+class SaveError(OSError):
+    """Something could not be written; what was saved before is untouched. Has the remedy."""

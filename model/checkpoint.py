@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ..errors import InputError
+from ..errors import InputError, SaveError
 
 try:
     from orbax.checkpoint import v1 as ocp
@@ -47,10 +47,6 @@ _UNREADABLE = ".unreadable"
 _NOT_DAMAGE = (MemoryError, PermissionError, ConnectionError, TimeoutError)
 
 _DISK_FULL = ("no space left", "quota exceeded", "file too large")
-
-
-class SaveError(OSError):
-    """A checkpoint could not be written; earlier ones are untouched. The message has the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +246,12 @@ class CheckpointStore:
 
 
 def restore_params(
-    path: epath.PathLike, abstract_params: Any, *, step: int | None = None, ema: bool = False
+    path: epath.PathLike,
+    abstract_params: Any,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    partial: bool = False,
 ) -> Any:
     """The parameters of a checkpoint, placed as ``abstract_params`` says.
 
@@ -260,19 +261,25 @@ def restore_params(
             laid out by its shardings (the default device where there is none).
         step: which checkpoint; the newest readable one if None.
         ema: the moving average of the parameters, where the run kept one.
+        partial: leave alone parameters of the checkpoint that are not asked for.
 
     Raises:
         InputError: no such checkpoint, none readable, or parameters of another model.
     """
     directory, step = _locate(path, step)
     name = "ema" if ema else "params"
-    return _read_newest(directory, {name: abstract_params}, step)[0].trees[name]
+    return _read_newest(directory, {name: abstract_params}, step, partial)[0].trees[name]
 
 
 def read_document(path: epath.PathLike, name: str, step: int | None = None) -> Any:
     """The JSON document ``name`` of a checkpoint (arguments as in :func:`restore_params`)."""
     directory, step = _locate(path, step)
     return _newest(directory, step, lambda at: _read_json(at, name))[0]
+
+
+def has_document(path: epath.PathLike, name: str, step: int | None = None) -> bool:
+    """Whether a checkpoint has the JSON document ``name``."""
+    return (document_dir(path, step) / f"{name}.json").exists()
 
 
 def document_dir(path: epath.PathLike, step: int | None = None) -> epath.Path:
@@ -376,12 +383,12 @@ def _newest(directory: epath.Path, step: int | None, read) -> tuple[Any, list[in
 
 
 def _read_newest(
-    directory: epath.Path, trees: Mapping[str, Any], step: int | None
+    directory: epath.Path, trees: Mapping[str, Any], step: int | None, partial: bool = False
 ) -> tuple[Restored, list[int]]:
-    return _newest(directory, step, lambda at: _read(at, trees))
+    return _newest(directory, step, lambda at: _read(at, trees, partial))
 
 
-def _read(at: epath.Path, trees: Mapping[str, Any]) -> Restored:
+def _read(at: epath.Path, trees: Mapping[str, Any], partial: bool) -> Restored:
     header = _read_json(at, "checkpoint")
     if header["format"] > FORMAT:
         raise InputError(
@@ -390,10 +397,13 @@ def _read(at: epath.Path, trees: Mapping[str, Any]) -> Restored:
         )
     flat = {name: _flatten(tree) for name, tree in trees.items()}
     for name, leaves in flat.items():
-        _check_names(at, name, leaves, header["trees"])
+        _check_names(at, name, leaves, header["trees"], partial)
     abstract = {n: {k: _placed(x) for k, x in leaves.items()} for n, leaves in flat.items()}
     abstract = _filled(abstract)
-    loaded = ocp.load_checkpointables(at, abstract) if abstract else {}
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    with context:
+        loaded = ocp.load_checkpointables(at, abstract) if abstract else {}
     return Restored(
         step=header["step"],
         trees={
@@ -410,14 +420,16 @@ def _read(at: epath.Path, trees: Mapping[str, Any]) -> Restored:
     )
 
 
-def _check_names(at: epath.Path, tree: str, wanted: Mapping[str, Any], stored: Mapping) -> None:
+def _check_names(
+    at: epath.Path, tree: str, wanted: Mapping[str, Any], stored: Mapping, partial: bool
+) -> None:
     if tree not in stored:
         raise InputError(f"{at} holds {sorted(stored)}, not {tree!r}")
     shapes = {name: tuple(shape) for name, (_, shape) in stored[tree].items()}
     wrong = [
         f"{name}: the checkpoint has {shapes.get(name, 'no such tensor')}, "
         f"the model {tuple(wanted[name].shape) if name in wanted else 'no such tensor'}"
-        for name in sorted(shapes.keys() | wanted.keys())
+        for name in sorted(wanted.keys() if partial else shapes.keys() | wanted.keys())
         if name not in wanted or shapes.get(name) != tuple(wanted[name].shape)
     ]
     if wrong:

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 from ..errors import InputError
 from ..layers.stack import unroll
 from ..sharding import AxisRules, Params, split, use_mesh
+from .exchange import Origin
+from .generation_defaults import GenerationDefaults
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +32,9 @@ class Model:
         mesh: the devices its parameters lie on; None is one device.
         rules: that laid them out there.
         add_bos: whether a text begins with the tokenizer's begin-of-sequence token, as in training.
+        defaults: how it should be sampled where a caller does not say.
+        origin: of a model that was read from a published checkpoint, so that it is written back as
+            it was.
     """
 
     config: Any
@@ -39,6 +44,8 @@ class Model:
     mesh: Mesh | None = None
     rules: AxisRules = dataclasses.field(default_factory=AxisRules)
     add_bos: bool = False
+    defaults: GenerationDefaults = dataclasses.field(default_factory=GenerationDefaults)
+    origin: Origin | None = None
 
     def module(self) -> nnx.Module:
         """The ``nnx.Module`` itself, for surgery or for use inside another jitted function."""

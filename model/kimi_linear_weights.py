@@ -1,103 +1,99 @@
-"""The published tensor names of Kimi Linear, and where each lies in our parameters.
+"""Kimi Linear as it is published: tensor names and ``config.json`` of the released 48B-A3B.
 
-One table serves both directions. Names are those of the released 48B-A3B safetensors; a published
-matrix is ``[out, in]`` where ours is ``[in, out]`` with heads kept apart.
+A published matrix is ``[out, in]`` where ours is ``[in, out]`` with heads kept apart.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
 from ..errors import InputError
-from ..layers.stack import plan, restack, unstack
+from .exchange import Published, Rule, check_fields, compute_dtype
 from .kimi_linear import KimiLinearConfig
 
+_LINEAR = "f d -> d f"
+_TO_HEADS = "(n k) d -> d n k"
+_FROM_HEADS = "d (n k) -> n k d"
+_CONV = "(n k) 1 w -> n k w"
+_VECTOR = "d -> d"
+
+# name inside a block -> (path inside ours, layout)
 _KDA = {
-    "q_proj.weight": ("q_proj.kernel", "linear"),
-    "k_proj.weight": ("k_proj.kernel", "linear"),
-    "v_proj.weight": ("v_proj.kernel", "linear"),
-    "q_conv1d.weight": ("q_conv", "conv"),
-    "k_conv1d.weight": ("k_conv", "conv"),
-    "v_conv1d.weight": ("v_conv", "conv"),
-    "A_log": ("A_log", "per_head"),
-    "dt_bias": ("dt_bias", "flat"),
-    "f_a_proj.weight": ("f_a_proj.kernel", "linear"),
-    "f_b_proj.weight": ("f_b_proj.kernel", "linear"),
-    "b_proj.weight": ("b_proj.kernel", "linear"),
-    "g_a_proj.weight": ("g_a_proj.kernel", "linear"),
-    "g_b_proj.weight": ("g_b_proj.kernel", "linear"),
-    "o_norm.weight": ("o_norm.scale", "flat"),
-    "o_proj.weight": ("o_proj.kernel", "linear_from_heads"),
+    **{f"{x}_proj.weight": (f"{x}_proj.kernel", _TO_HEADS) for x in "qkv"},
+    **{f"{x}_conv1d.weight": (f"{x}_conv", _CONV) for x in "qkv"},
+    # One value a head behind axes of size 1, or flat, there sometimes with zeros behind the heads.
+    "A_log": ("A_log", ("1 1 h 1 -> h", "h* -> h")),
+    "dt_bias": ("dt_bias", "(n k) -> n k"),
+    "f_a_proj.weight": ("f_a_proj.kernel", _LINEAR),
+    "f_b_proj.weight": ("f_b_proj.kernel", _TO_HEADS),
+    "b_proj.weight": ("b_proj.kernel", _LINEAR),
+    "g_a_proj.weight": ("g_a_proj.kernel", _LINEAR),
+    "g_b_proj.weight": ("g_b_proj.kernel", _TO_HEADS),
+    "o_norm.weight": ("o_norm.scale", _VECTOR),
+    "o_proj.weight": ("o_proj.kernel", _FROM_HEADS),
 }
 _MLA = {
-    "q_proj.weight": ("q_proj.kernel", "linear"),
-    "kv_a_proj_with_mqa.weight": ("kv_a_proj.kernel", "linear"),
-    "kv_a_layernorm.weight": ("kv_a_norm.scale", "flat"),
-    "kv_b_proj.weight": ("kv_b_proj.kernel", "linear"),
-    "o_proj.weight": ("o_proj.kernel", "linear_from_heads"),
+    "q_proj.weight": ("q_proj.kernel", _TO_HEADS),
+    "kv_a_proj_with_mqa.weight": ("kv_a_proj.kernel", _LINEAR),
+    "kv_a_layernorm.weight": ("kv_a_norm.scale", _VECTOR),
+    "kv_b_proj.weight": ("kv_b_proj.kernel", _TO_HEADS),
+    "o_proj.weight": ("o_proj.kernel", _FROM_HEADS),
 }
-_DENSE = {
-    f"mlp.{name}_proj.weight": (f"{name}_proj.kernel", "linear") for name in ("gate", "up", "down")
-}
-_MOE = {
-    "block_sparse_moe.gate.weight": ("router.kernel", "linear"),
-    "block_sparse_moe.gate.e_score_correction_bias": ("router.bias", "flat"),
-    "block_sparse_moe.experts.{e}.w1.weight": ("experts.gate", "experts"),
-    "block_sparse_moe.experts.{e}.w3.weight": ("experts.up", "experts"),
-    "block_sparse_moe.experts.{e}.w2.weight": ("experts.down", "experts"),
-    **{
-        f"block_sparse_moe.shared_experts.{name}_proj.weight": (
-            f"shared.{name}_proj.kernel",
-            "linear",
-        )
-        for name in ("gate", "up", "down")
-    },
-}
+_GATED = ("gate", "up", "down")
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightRule:
-    """One of our parameters and the published tensor it is (``{e}`` in the name: one an expert)."""
-
-    name: str
-    path: str
-    rule: str
-    block: int | None = None
-
-
-def weight_rules(config: KimiLinearConfig) -> list[WeightRule]:
-    """The table for this configuration; a ``path`` is inside its ``block`` (0-based), if any."""
-    rules = [
-        WeightRule("model.embed_tokens.weight", "embed.embedding", "flat"),
-        WeightRule("model.norm.weight", "final_norm.scale", "flat"),
-        WeightRule("lm_head.weight", "lm_head.kernel", "linear"),
+def rules(config: KimiLinearConfig) -> list[Rule]:
+    """The table for this configuration."""
+    table = [
+        Rule("model.embed_tokens.weight", "embed.embedding", "v d -> v d"),
+        Rule("model.norm.weight", "final_norm.scale", _VECTOR),
+        Rule("lm_head.weight", "lm_head.kernel", _LINEAR),
     ]
     for i, (mixer, ffn) in enumerate(config.kinds):
-        tables = [
-            ("self_attn.", "mixer.", _KDA if mixer == "kda" else _MLA),
-            ("", "ffn.", _DENSE if ffn == "dense" else _MOE),
+        theirs, ours = f"model.layers.{i}.", f"stack.{i}."
+        table += [
+            Rule(theirs + "input_layernorm.weight", ours + "input_norm.scale", _VECTOR),
+            Rule(theirs + "post_attention_layernorm.weight", ours + "post_norm.scale", _VECTOR),
         ]
-        rules += [
-            WeightRule(f"model.layers.{i}.{ours}.weight", path, "flat", i)
-            for ours, path in (
-                ("input_layernorm", "input_norm.scale"),
-                ("post_attention_layernorm", "post_norm.scale"),
+        table += [
+            Rule(f"{theirs}self_attn.{name}", f"{ours}mixer.{path}", layout)
+            for name, (path, layout) in (_KDA if mixer == "kda" else _MLA).items()
+        ]
+        table += (_dense if ffn == "dense" else _moe)(theirs, ours + "ffn.", config)
+    return table
+
+
+def _dense(theirs: str, ours: str, config: KimiLinearConfig) -> list[Rule]:
+    del config
+    # transformers writes these under the mixture's name.
+    return [
+        Rule(
+            (f"{theirs}mlp.{x}_proj.weight", f"{theirs}block_sparse_moe.{x}_proj.weight"),
+            f"{ours}{x}_proj.kernel",
+            _LINEAR,
+        )
+        for x in _GATED
+    ]
+
+
+def _moe(theirs: str, ours: str, config: KimiLinearConfig) -> list[Rule]:
+    theirs += "block_sparse_moe."
+    table = [
+        Rule(theirs + "gate.weight", ours + "router.kernel", _LINEAR),
+        Rule(theirs + "gate.e_score_correction_bias", ours + "router.bias", "e -> e"),
+        Rule(theirs + "experts.{e}.w1.weight", ours + "experts.gate", "f d -> e d f"),
+        Rule(theirs + "experts.{e}.w3.weight", ours + "experts.up", "f d -> e d f"),
+        Rule(theirs + "experts.{e}.w2.weight", ours + "experts.down", "d f -> e f d"),
+    ]
+    if config.num_shared_experts:
+        table += [
+            Rule(
+                f"{theirs}shared_experts.{x}_proj.weight", f"{ours}shared.{x}_proj.kernel", _LINEAR
             )
+            for x in _GATED
         ]
-        for prefix, target, table in tables:
-            if ffn == "moe" and not config.num_shared_experts:
-                table = {k: v for k, v in table.items() if "shared" not in k}
-            rules += [
-                WeightRule(f"model.layers.{i}.{prefix}{name}", target + path, rule, i)
-                for name, (path, rule) in table.items()
-            ]
-    return rules
+    return table
 
 
 # Fields that a published configuration names as ours does.
@@ -125,8 +121,20 @@ _SAME_FIELDS = (
     "eos_token_id",
     "pad_token_id",
 )
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "linear_attn_config",
+)
 # Published options that have one value here; another one is another computation.
-_FIXED = {
+_FIXED: dict[str, Any] = {
     "q_lora_rank": None,
     "mla_use_nope": True,
     "moe_router_activation_func": "sigmoid",
@@ -134,6 +142,22 @@ _FIXED = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
+# Fields without a meaning for these models, whose positions are not rotated and heads not grouped,
+# and what transformers says a second time.
+_UNUSED = (
+    "head_dim",
+    "layer_types",
+    "linear_conv_kernel_dim",
+    "linear_head_dim",
+    "linear_num_heads",
+    "mlp_layer_types",
+    "num_key_value_heads",
+    "qk_head_dim",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "use_grouped_topk",
+)
 
 
 def config_from_published(published: Mapping[str, Any]) -> KimiLinearConfig:
@@ -142,11 +166,16 @@ def config_from_published(published: Mapping[str, Any]) -> KimiLinearConfig:
     Raises:
         InputError: an option that changes the computation and is not implemented; names it.
     """
-    for name, value in _FIXED.items():
-        if published.get(name, value) != value:
-            raise InputError(
-                f"config.json: {name}={published[name]!r} is not supported; only {value!r} is"
-            )
+    check_fields(
+        published,
+        required=_REQUIRED,
+        known=(*_SAME_FIELDS, *_UNUSED),
+        fixed={
+            **{name: (value,) for name, value in _FIXED.items()},
+            "attention_bias": (False,),
+            "num_nextn_predict_layers": (0, None),
+        },
+    )
     linear = published["linear_attn_config"]
     return KimiLinearConfig(
         **{name: published[name] for name in _SAME_FIELDS if name in published},
@@ -156,6 +185,7 @@ def config_from_published(published: Mapping[str, Any]) -> KimiLinearConfig:
         kda_num_heads=linear["num_heads"],
         kda_head_dim=linear["head_dim"],
         short_conv_kernel_size=linear["short_conv_kernel_size"],
+        dtype=compute_dtype(published),
     )
 
 
@@ -193,116 +223,9 @@ def config_to_published(config: KimiLinearConfig) -> dict[str, Any]:
     }
 
 
-def from_published(
-    tensors: Mapping[str, Any], config: KimiLinearConfig, shapes: dict
-) -> dict[Any, Any]:
-    """Our parameters (float32 NumPy, a nested dict) from published tensors.
-
-    Args:
-        tensors: by published name.
-        config: of the model.
-        shapes: our abstract parameters, as :func:`~jaxalope.sharding.abstract` returns them.
-
-    Raises:
-        InputError: tensors that are missing, unknown, or of another shape, all of them by name.
-    """
-    rules, wanted = weight_rules(config), set()
-    layers = plan(config.kinds, config.scan_layers)
-    blocks = _unstack_shapes(shapes["stack"], layers)
-    out: dict = {"stack": [{} for _ in config.kinds]}
-    problems = []
-    for rule in rules:
-        root = shapes if rule.block is None else blocks[rule.block]
-        shape = _get(root, rule.path).shape
-        names = _names(rule, config)
-        wanted.update(names)
-        absent = [name for name in names if name not in tensors]
-        if absent:
-            problems += [f"missing {name}" for name in absent]
-            continue
-        try:
-            value = _read([np.asarray(tensors[name], np.float32) for name in names], rule, shape)
-        except ValueError as error:
-            problems.append(f"{names[0]}: {error}")
-            continue
-        _set(out if rule.block is None else out["stack"][rule.block], rule.path, value)
-    problems += [f"unknown {name}" for name in tensors if name not in wanted]
-    if problems:
-        raise InputError("published weights do not fit the configuration: " + "; ".join(problems))
-    out["stack"] = restack(out["stack"], layers, np)
-    return out
-
-
-def to_published(params: dict[Any, Any], config: KimiLinearConfig) -> dict[str, np.ndarray]:
-    """The inverse of :func:`from_published`: float32 tensors by published name."""
-    blocks = unstack(params["stack"], plan(config.kinds, config.scan_layers))
-    tensors = {}
-    for rule in weight_rules(config):
-        value = np.asarray(_get(params if rule.block is None else blocks[rule.block], rule.path))
-        for name, tensor in zip(_names(rule, config), _write(value, rule), strict=True):
-            tensors[name] = tensor
-    return tensors
-
-
-def _unstack_shapes(tree: dict, layers) -> list:
-    """One block's ``ShapeDtypeStruct``s each, from a stack's."""
-    return unstack(jax.tree.map(lambda leaf: _Shape(tuple(leaf.shape)), tree), layers)
-
-
-class _Shape:
-    """A shape that can be indexed like the stacked array it stands for."""
-
-    def __init__(self, shape):
-        self.shape = shape
-
-    def __getitem__(self, _):
-        return _Shape(self.shape[1:])
-
-
-def _names(rule: WeightRule, config: KimiLinearConfig) -> list[str]:
-    if rule.rule != "experts":
-        return [rule.name]
-    return [rule.name.format(e=e) for e in range(config.num_experts)]
-
-
-def _read(tensors: list[np.ndarray], rule: WeightRule, shape: tuple[int, ...]) -> np.ndarray:
-    value = tensors[0]
-    if rule.rule == "experts":
-        value = np.stack([tensor.T for tensor in tensors])
-    elif rule.rule in ("linear", "linear_from_heads"):
-        value = value.T
-    elif rule.rule == "per_head":
-        # Some shards hold one value a head behind axes of size 1, some pad heads with zeros.
-        value = value.reshape(-1)[: shape[0]]
-    if value.size != math.prod(shape):
-        raise ValueError(f"has shape {tensors[0].shape}, which does not fill ours, {shape}")
-    return np.ascontiguousarray(value.reshape(shape))
-
-
-def _write(value: np.ndarray, rule: WeightRule) -> list[np.ndarray]:
-    if rule.rule == "experts":
-        return [np.ascontiguousarray(expert.T) for expert in value]
-    if rule.rule == "linear":
-        value = value.reshape(value.shape[0], -1).T
-    elif rule.rule == "linear_from_heads":
-        value = value.reshape(-1, value.shape[-1]).T
-    elif rule.rule == "conv":
-        value = value.reshape(-1, 1, value.shape[-1])
-    elif rule.rule == "per_head":
-        value = value.reshape(1, 1, -1, 1)
-    elif rule.path.endswith("dt_bias"):
-        value = value.reshape(-1)
-    return [np.ascontiguousarray(value)]
-
-
-def _get(tree: dict, path: str) -> Any:
-    for key in path.split("."):
-        tree = tree[key]
-    return tree
-
-
-def _set(tree: dict, path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[last] = value
+PUBLISHED = Published(
+    model_types=("kimi_linear",),
+    rules=rules,
+    config_from=config_from_published,
+    config_to=config_to_published,
+)

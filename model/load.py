@@ -1,19 +1,25 @@
-"""``load``: a model from where training left it."""
+"""``load``: a model from where training left it, or from where the world published it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from ..data.tokenizers import load_tokenizer
 from ..errors import InputError
-from ..sharding import AxisRules, abstract, shardings
-from .checkpoint import document_dir, read_document, restore_params
+from ..sharding import AxisRules, abstract, path_name, shardings
+from .checkpoint import document_dir, has_document, read_document, restore_params
+from .exchange import Lazy, Origin, hub
+from .generation_defaults import GenerationDefaults
 from .handle import Model
+from .published import is_published, open_published
 from .registry import config_from_dict
 from .retrofit import build, retrofits_from_list
 
@@ -26,42 +32,133 @@ def load(
     mesh: Mesh | None = None,
     rules: AxisRules | None = None,
     dtype: str | None = None,
+    param_dtype: str | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Model:
-    """The model of a training workdir, retrofits and tokenizer included; needs only that folder.
+    """A model, its tokenizer and its generation defaults.
 
     Args:
-        path: the workdir, its ``checkpoints/``, or one checkpoint in there.
-        step: which checkpoint; the newest readable one if None.
-        ema: the moving average of the parameters, where training kept one.
+        path: a training workdir, its ``checkpoints/``, or one checkpoint in there; a directory in
+            the published form (``config.json``, safetensors); or a hub id, ``organisation/name`` or
+            ``organisation/name@revision``.
+        step: which checkpoint of a workdir; the newest readable one if None.
+        ema: a workdir's moving average of the parameters, where training kept one.
         mesh: the devices to lay the parameters out on; one device if None.
         rules: how; the defaults if None.
-        dtype: compute dtype, ``"float32"`` or ``"bfloat16"``; as trained if None.
+        dtype: compute dtype, ``"float32"`` or ``"bfloat16"``; as trained or published if None.
+        param_dtype: of the parameters; as stored if None.
+        progress: called with a number of parameters whenever as many have been read.
 
     Raises:
-        InputError: there is no readable checkpoint, or it does not fit the mesh.
+        InputError: there is no readable model, or it does not fit the mesh.
     """
-    if not epath.Path(path).exists():
-        raise InputError(f"model={str(path)!r} does not exist; give a training workdir")
+    directory = locate(path)
+    if is_published(directory):
+        if step is not None or ema:
+            raise InputError(
+                f"step={step}, ema={ema}: {path} is a published model, which has one set of weights"
+            )
+        return open_published(
+            directory, mesh=mesh, rules=rules, dtype=dtype, param_dtype=param_dtype
+        ).load(progress)
+    model = _open_workdir(directory, step, ema, mesh, rules, dtype, param_dtype)
+    params = restore_params(directory, model.params, step=step, ema=ema)
+    if progress is not None:
+        progress(sum(x.size for x in jax.tree.leaves(params)))
+    return dataclasses.replace(model, params=params)
+
+
+def open_lazily(path: epath.PathLike, *, step: int | None = None, ema: bool = False) -> Model:
+    """A model as :func:`load` returns it, with a ``Lazy`` in the place of every array.
+
+    For those that take the arrays one after another; none is read before its ``load()``.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    directory = locate(path)
+    if is_published(directory):
+        return open_published(directory).load(lazily=True)
+    model = _open_workdir(directory, step, ema)
+
+    def lazy(path, x):
+        name = path_name(path)
+
+        def read():
+            found = restore_params(directory, {name: x}, step=step, ema=ema, partial=True)
+            return found[name]
+
+        return Lazy(x.shape, np.dtype(x.dtype), read)
+
+    return dataclasses.replace(model, params=jax.tree.map_with_path(lazy, model.params))
+
+
+def _open_workdir(
+    directory: epath.Path,
+    step: int | None,
+    ema: bool,
+    mesh: Mesh | None = None,
+    rules: AxisRules | None = None,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+) -> Model:
+    """The model of a workdir with abstract parameters."""
     # Each of these falls back from a damaged checkpoint by itself; what describes the model is the
     # same in all checkpoints of a workdir.
-    experiment = read_document(path, "experiment", step)
+    experiment = read_document(directory, "experiment", step)
     config = config_from_dict(experiment["model"])
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     retrofits = retrofits_from_list(experiment.get("retrofits", []))
     rules = rules or AxisRules()
     graphdef, shapes, axes = abstract(lambda key: build(config, retrofits, key))
-    if mesh is not None:
-        shapes = _placed(shapes, shardings(shapes, axes, mesh, rules))
-    params = restore_params(path, shapes, step=step, ema=ema)
-    tokenizer = load_tokenizer(document_dir(path, step) / "tokenizer")
-    add_bos = experiment["data"].get("add_bos", False)
-    return Model(config, graphdef, params, tokenizer, mesh, rules, add_bos)
-
-
-def _placed(shapes: Any, places: Any) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        places,
+    places = None if mesh is None else shardings(shapes, axes, mesh, rules)
+    stored = read_document(directory, "checkpoint", step)["trees"]["ema" if ema else "params"]
+    documents = document_dir(directory, step)
+    tokenizer = documents / "tokenizer"
+    known = {
+        name: read_document(directory, name, step)
+        for name in ("generation", "origin")
+        if has_document(directory, name, step)
+    }
+    return Model(
+        config,
+        graphdef,
+        _abstract(shapes, places, stored, param_dtype),
+        load_tokenizer(tokenizer) if tokenizer.exists() else None,
+        mesh,
+        rules,
+        experiment["data"].get("add_bos", False),
+        defaults=GenerationDefaults.from_json(known.get("generation", {})),
+        origin=Origin.from_json(known["origin"]) if "origin" in known else None,
     )
+
+
+def locate(path: epath.PathLike, field: str = "model") -> epath.Path:
+    """The directory that ``path`` names: itself, or where the hub's files lie.
+
+    Raises:
+        InputError: there is none; ``field`` is what the message calls it.
+    """
+    directory = epath.Path(path).expanduser()
+    if directory.exists():
+        return directory
+    if hub.is_hub_id(str(path)):
+        return hub.fetch(str(path), field)
+    raise InputError(
+        f"{field}={str(path)!r} does not exist; give the workdir of a training run, a directory "
+        "with a published model, or a hub id (organisation/name)"
+    )
+
+
+def _abstract(shapes: Any, places: Any, stored: Any, param_dtype: str | None) -> Any:
+    """Shapes, placed, in the dtypes that are stored."""
+
+    def one(path, x, place=None):
+        kept = stored.get(path_name(path))
+        dtype = param_dtype or (kept[0] if kept else x.dtype)
+        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=place)
+
+    if places is None:
+        return jax.tree.map_with_path(one, shapes)
+    return jax.tree.map_with_path(one, shapes, places)

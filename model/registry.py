@@ -10,29 +10,50 @@ import jax
 from flax import nnx
 
 from ..errors import InputError
+from . import gemma2_weights, gpt_neox_weights, kimi_linear_weights
+from .exchange import Published
+from .gemma2 import Gemma2, Gemma2Config
+from .gpt_neox import GPTNeoX, GPTNeoXConfig
 from .kimi_linear import KimiLinear, KimiLinearConfig
 
-# family name -> (configuration, model). Every model of the zoo is one line here.
-FAMILIES: dict[str, tuple[type, type[nnx.Module]]] = {
-    "kimi_linear": (KimiLinearConfig, KimiLinear),
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of the zoo.
+
+    Attributes:
+        config: its configuration, a frozen dataclass.
+        model: its module, built as ``model(config, rngs=rngs)``.
+        published: how the world writes its models down; None where it does not.
+    """
+
+    config: type
+    model: type[nnx.Module]
+    published: Published | None = None
+
+
+# Every family of the zoo is one line here.
+FAMILIES: dict[str, Family] = {
+    "gemma2": Family(Gemma2Config, Gemma2, gemma2_weights.PUBLISHED),
+    "gpt_neox": Family(GPTNeoXConfig, GPTNeoX, gpt_neox_weights.PUBLISHED),
+    "kimi_linear": Family(KimiLinearConfig, KimiLinear, kimi_linear_weights.PUBLISHED),
 }
 
 
 def family_of(config: Any) -> str:
     """The name under which this configuration's family is registered."""
-    for family, (config_type, _) in FAMILIES.items():
-        if type(config) is config_type:
-            return family
+    for name, family in FAMILIES.items():
+        if type(config) is family.config:
+            return name
     raise InputError(
         f"model={type(config).__name__} is no registered configuration; "
-        f"use one of {sorted(c.__name__ for c, _ in FAMILIES.values())}"
+        f"use one of {sorted(family.config.__name__ for family in FAMILIES.values())}"
     )
 
 
 def build_model(config: Any, key: jax.Array) -> nnx.Module:
     """A freshly initialised model of this configuration; its weights are a function of ``key``."""
-    _, model_type = FAMILIES[family_of(config)]
-    return model_type(config, rngs=nnx.Rngs(key))
+    return FAMILIES[family_of(config)].model(config, rngs=nnx.Rngs(key))
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -50,7 +71,7 @@ def config_from_dict(values: dict[str, Any]) -> Any:
     family = values.pop("family", None)
     if family not in FAMILIES:
         raise InputError(f"model.family={family!r} is not one of {sorted(FAMILIES)}")
-    config_type, _ = FAMILIES[family]
+    config_type = FAMILIES[family].config
     known = {field.name for field in dataclasses.fields(config_type)}
     for name in values.keys() - known:
         near = difflib.get_close_matches(name, known, n=1)

@@ -107,13 +107,13 @@ def attach(module: nnx.Module, retrofits: Sequence[Retrofit], key: jax.Array) ->
         for name, leaf in before.items():
             if after.get(name) is not leaf:
                 raise TypeError(f"{retrofit!r} replaced or moved the parameter {name}")
-        module.retrofits = (*attached(module), retrofit.kind)
+        module.retrofits = (*getattr(module, "retrofits", ()), retrofit)
     return module
 
 
 def attached(module: nnx.Module) -> tuple[str, ...]:
     """The kinds of retrofits that a module has."""
-    return getattr(module, "retrofits", ())
+    return tuple(retrofit.kind for retrofit in getattr(module, "retrofits", ()))
 
 
 def build(config: Any, retrofits: Sequence[Retrofit], key: jax.Array) -> nnx.Module:
@@ -188,6 +188,14 @@ def retrofits_from_list(values: Sequence[dict[str, Any]]) -> tuple[AnyRetrofit, 
             raise InputError(f"retrofits.{min(unknown)} is no field of {kind!r}")
         found.append(RETROFITS[kind](**fields))
     return tuple(found)
+
+
+def retrofits_to_list(module: nnx.Module) -> list[dict[str, Any]]:
+    """The inverse of :func:`retrofits_from_list`, of what is attached to a module."""
+    return [
+        {"kind": retrofit.kind, **dataclasses.asdict(retrofit)}
+        for retrofit in getattr(module, "retrofits", ())
+    ]
 
 
 def _leaves(module: nnx.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import warnings
 
 from absl import app, flags, logging
 
-from ..errors import InputError
+from ..errors import InputError, SaveError
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -64,7 +64,6 @@ def main(argv: list[str]) -> int:
     except InputError as error:
         return _fail(error, 2)
     except (FloatingPointError, OSError) as error:
-        from ..model.checkpoint import SaveError
         from .ledger import NonFiniteLoss
 
         if isinstance(error, NonFiniteLoss | SaveError) or (

@@ -13,7 +13,9 @@ from ..configs.experiment import AutoDeco, Experiment
 from ..data.tokenizers import load_tokenizer
 from ..errors import InputError
 from ..model.checkpoint import document_dir, read_document, restore_params
-from ..model.registry import config_from_dict, config_to_dict
+from ..model.load import locate
+from ..model.published import is_published, load_into, read_config, tokenizer_of
+from ..model.registry import config_from_dict, config_to_dict, family_of
 from ..model.retrofit import build, retrofits_from_list
 from ..sharding import abstract, path_name
 from .workdir import CHECKPOINTS, TOKENIZER
@@ -35,8 +37,15 @@ def check_source(experiment: Experiment, workdir: epath.PathLike) -> None:
                 "init_from to its workdir"
             )
         return
-    _base_names(experiment)
-    saved = document_dir(path) / TOKENIZER
+    source = locate(path, "init_from")
+    if is_published(source):
+        _published_differences(source, experiment)
+        saved = tokenizer_of(source)
+        if saved is None:
+            return
+    else:
+        _base_names(experiment, source)
+        saved = document_dir(source) / TOKENIZER
     theirs, ours = load_tokenizer(saved), load_tokenizer(experiment.data.tokenizer)
     if theirs.fingerprint != ours.fingerprint:
         raise InputError(
@@ -46,41 +55,59 @@ def check_source(experiment: Experiment, workdir: epath.PathLike) -> None:
 
 
 def load_base(experiment: Experiment, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the run that ``experiment.init_from`` names, by name.
+    """Parameters of the model that ``experiment.init_from`` names, by name.
 
     Args:
-        experiment: its ``init_from`` is not None.
-        wanted: its parameters, as ``ShapeDtypeStruct`` with shardings; those that the other run's
-            model has are loaded so.
+        experiment: its ``init_from``, a workdir or a published model, is not None.
+        wanted: its parameters, as ``ShapeDtypeStruct`` with shardings; those that the other model
+            has are loaded so.
 
     Raises:
-        InputError: there is no such run, it has a retrofit that this experiment lacks, or its model
-            has other parameters; names the fields of the configuration that differ.
+        InputError: there is no such model, it has a retrofit that this experiment lacks, or it has
+            other parameters; names the fields of the configuration, or the tensors, that differ.
     """
-    names, fields = _base_names(experiment)
+    source = locate(experiment.init_from, "init_from")
+    if is_published(source):
+        names, fields = [], _published_differences(source, experiment)
+    else:
+        names, fields = _base_names(experiment, source)
     if fields:
         warnings.warn(
             f"init_from={experiment.init_from!r} was trained with another value of "
             f"{'; '.join(fields)}",
             stacklevel=2,
         )
-    return restore_params(experiment.init_from, {name: wanted[name] for name in names})
+    if is_published(source):
+        return load_into(source, experiment.model, wanted)
+    return restore_params(source, {name: wanted[name] for name in names})
 
 
-def _base_names(experiment: Experiment) -> tuple[list[str], list[str]]:
-    """``(parameters of the source, fields of its configuration that differ)``; all shapes agree."""
-    path = experiment.init_from
-    if not epath.Path(path).expanduser().exists():
+def _published_differences(source: epath.Path, experiment: Experiment) -> list[str]:
+    """Fields of a published model's configuration that this experiment's has otherwise."""
+    config, published, _ = read_config(source)
+    if family_of(config) != family_of(experiment.model):
         raise InputError(
-            f"init_from={path!r} does not exist; give the workdir of a finished run (the demo's is "
-            "made by: python -m jaxalope.train --config=demo --workdir=runs/demo)"
+            f"init_from={experiment.init_from!r} is of the family {family_of(config)!r}, the "
+            f"experiment's model is of {family_of(experiment.model)!r}; set model as the "
+            "checkpoint has it"
         )
+    # Compared as they are published: what else a configuration has is how to run it.
+    theirs, ours = (published.config_to(c) for c in (config, experiment.model))
+    return [
+        f"{name}: {theirs.get(name)} there, {ours.get(name)} here"
+        for name in dict.fromkeys([*theirs, *ours])
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def _base_names(experiment: Experiment, path: epath.Path) -> tuple[list[str], list[str]]:
+    """``(parameters of the source, fields of its configuration that differ)``; all shapes agree."""
     source = read_document(path, "experiment")
     retrofits = retrofits_from_list(source.get("retrofits", []))
     missing = [r for r in retrofits if r not in experiment.retrofits]
     if missing:
         raise InputError(
-            f"init_from={path!r} has a model with {missing[0]}, which is not among this "
+            f"init_from={str(path)!r} has a model with {missing[0]}, which is not among this "
             f"experiment's retrofits={list(experiment.retrofits)}; list the same one"
         )
     shapes, configs = [], (config_from_dict(source["model"]), experiment.model)
@@ -96,7 +123,7 @@ def _base_names(experiment: Experiment) -> tuple[list[str], list[str]]:
     ]
     if shapes[0] != shapes[1]:
         raise InputError(
-            f"init_from={path!r} holds another model, which differs in {'; '.join(fields)}; set "
-            "these fields as that run did"
+            f"init_from={str(path)!r} holds another model, which differs in {'; '.join(fields)}; "
+            "set these fields as that run did"
         )
     return list(shapes[0]), fields

@@ -42,7 +42,7 @@ def _flat(params):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_family_with_the_doors_takes_heads_and_any_other_is_refused(family):
-    config_type, model_type = FAMILIES[family]
+    config_type, model_type = FAMILIES[family].config, FAMILIES[family].model
     config = config_type.tiny() if hasattr(config_type, "tiny") else config_type()
 
     def make():

@@ -46,7 +46,7 @@ class Bigram(nnx.Module):
         return einsum("btd,dv->btv", hidden, self.kernel[...], ("batch", "seq", "vocab"))
 
 
-registry.FAMILIES["bigram"] = (BigramConfig, Bigram)
+registry.FAMILIES["bigram"] = registry.Family(BigramConfig, Bigram)
 
 
 def experiment():

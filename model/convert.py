@@ -1,0 +1,116 @@
+"""Command line: a model from one form to another, file by file, able to go on where it stopped.
+
+python -m jaxalope.model.convert --from=runs/demo --to=exported
+python -m jaxalope.model.convert --from=organisation/name --to=runs/theirs --verify
+python -m jaxalope.model.convert --from=organisation/name --plan
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import jax
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from ..errors import InputError, SaveError
+from .handle import Model
+from .load import load, locate, open_lazily
+from .published import is_published, open_published
+from .save import FORMATS, save
+
+_FROM = flags.DEFINE_string(
+    "from", None, "A workdir, a published directory, or a hub id.", required=True
+)
+_TO = flags.DEFINE_string("to", None, "The new directory.")
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    None,
+    FORMATS,
+    "'hf' is the published form, 'orbax' a workdir; if absent, the one that --from does not have.",
+)
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest if absent.")
+_EMA = flags.DEFINE_bool("ema", False, "The moving average of a workdir's parameters.")
+_DTYPE = flags.DEFINE_string("dtype", None, "Of the written tensors; as they are if absent.")
+_SHARD_SIZE = flags.DEFINE_string("shard_size", "5GB", "Of a safetensors file.")
+_PLAN = flags.DEFINE_bool("plan", False, "Print what would be read of a published model, and stop.")
+_VERIFY = flags.DEFINE_bool(
+    "verify", False, "Compare logits before and after; fails if the dtype is kept and they differ."
+)
+_PROMPT = flags.DEFINE_string(
+    "verify_prompt", "The quick brown fox jumps over the lazy dog.", "The text of --verify."
+)
+
+
+def convert() -> None:
+    """Do what the flags say."""
+    source = locate(_FROM.value)
+    published = is_published(source)
+    if _PLAN.value:
+        if not published:
+            raise InputError(f"--plan: {source} is a workdir; only published models have a plan")
+        print(open_published(source).plan.summary())
+        return
+    if _TO.value is None:
+        raise InputError("--to is absent; name the directory to write")
+    model = open_lazily(source, step=_STEP.value, ema=_EMA.value)
+    sizes = [
+        math.prod(x.shape) * np.dtype(_DTYPE.value or x.dtype).itemsize
+        for x in jax.tree.leaves(model.params)
+    ]
+    chosen = _FORMAT.value or ("orbax" if published else "hf")
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=f"writing {chosen}") as bar:
+        save(
+            model,
+            _TO.value,
+            chosen,
+            dtype=_DTYPE.value,
+            shard_size=_SHARD_SIZE.value,
+            keep_partial=True,
+            progress=bar.update,
+        )
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.params))
+    print(f"{_TO.value}: {count:,} parameters")
+    if _VERIFY.value:
+        _verify()
+
+
+def _verify() -> None:
+    # In float32, so that no rounding hides a difference.
+    before = _logits(load(_FROM.value, step=_STEP.value, ema=_EMA.value, dtype="float32"))
+    after = _logits(load(_TO.value, dtype="float32"))
+    difference = float(np.abs(before - after).max())
+    size = float(np.abs(before).max())
+    print(f"largest difference of the logits: {difference:.3g} (the largest logit is {size:.3g})")
+    if not np.isfinite(difference) or (_DTYPE.value is None and difference > 0):
+        raise InputError(
+            f"--verify: {_TO.value} does not compute what {_FROM.value} does; do not use it, and "
+            "report this"
+        )
+
+
+def _logits(model: Model) -> np.ndarray:
+    """Of the fixed prompt."""
+    if model.tokenizer is None:
+        # No text: the first ids of the vocabulary serve as well.
+        ids = list(range(min(32, model.config.vocab_size)))
+    else:
+        ids = model.tokenizer.encode(_PROMPT.value) or [0]
+    return np.asarray(model(np.asarray([ids], np.int32))[0])
+
+
+def main(argv: list[str]) -> None:
+    """Run ``python -m jaxalope.model.convert``."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    try:
+        convert()
+    except (InputError, SaveError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+if __name__ == "__main__":
+    app.run(main)

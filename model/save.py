@@ -1,0 +1,154 @@
+"""``save``: a model to where the world, or training, reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from ..errors import InputError, SaveError
+from .checkpoint import CheckpointStore
+from .exchange import Lazy
+from .exchange.write import PARTIAL
+from .handle import Model
+from .published import write_published
+from .registry import config_to_dict
+from .retrofit import retrofits_to_list
+
+FORMATS = ("hf", "orbax")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def save(
+    model: Model,
+    path: epath.PathLike,
+    format: str = "hf",
+    *,
+    dtype: str | None = None,
+    shard_size: str | int = "5GB",
+    keep_partial: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write a model into a new directory, which appears when it is whole.
+
+    Args:
+        model: of any family.
+        path: the directory; it must not exist, or be empty.
+        format: ``"hf"``, the published form, which ``transformers`` loads; or ``"orbax"``, a
+            workdir as training leaves it, from which :func:`jaxalope.load` and ``init_from`` read.
+        dtype: of the tensors; as they were read (of another model: as they are) if None.
+        shard_size: of a safetensors file, such as ``"5GB"``, or bytes.
+        keep_partial: leave what a failure had written in ``<path>.partial``, for another call to go
+            on with; what is there already is used.
+        progress: called with a number of bytes whenever as many have been written.
+
+    Raises:
+        InputError: a model or an argument that does not go together with the format, or a directory
+            that is there already.
+        SaveError: the disk is full, or cannot be written to; nothing stands under ``path``.
+    """
+    if format not in FORMATS:
+        raise InputError(f"format={format!r} is not one of {FORMATS}")
+    if jax.process_count() > 1 and format == "hf":
+        raise InputError(
+            "format='hf' is written by one process; save with format='orbax' here and convert that "
+            "on one machine: python -m jaxalope.model.convert"
+        )
+    size = num_bytes(shard_size)
+    path = _absolute(path)
+    with _appearing(path, keep_partial) as directory:
+        if format == "hf":
+            write_published(directory, model, shard_size=size, dtype=dtype, progress=progress)
+        else:
+            _write_workdir(directory, model, dtype, progress)
+
+
+def num_bytes(size: str | int) -> int:
+    """``"5GB"`` as a number of bytes.
+
+    Raises:
+        InputError: it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", str(size).upper())
+    unit = found and (found[2] if found[2] in _UNITS else found[2] + "B")
+    number = int(float(found[1]) * _UNITS.get(unit.replace("BB", ""), 1)) if found else 0
+    if number < 1:
+        raise InputError(f"shard_size={size!r} is no size; write it like '5GB'")
+    return number
+
+
+@contextlib.contextmanager
+def _appearing(path: epath.Path, keep_partial: bool) -> Iterator[epath.Path]:
+    """A directory beside ``path`` that becomes ``path`` if the body ends well."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"path={str(path)!r} is there already; remove it, or give another name")
+    unfinished = path.parent / (path.name + PARTIAL)
+    try:
+        if unfinished.exists() and not keep_partial:
+            unfinished.rmtree()
+        unfinished.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        if path.exists():
+            path.rmdir()
+        unfinished.rename(path)
+    except OSError as error:
+        if not keep_partial:
+            with contextlib.suppress(OSError):
+                unfinished.rmtree()
+        kept = f"what was written so far is in {unfinished}" if keep_partial else "nothing is left"
+        raise SaveError(
+            f"the model could not be saved as {path}: {error}; {kept}. Free space there, or make "
+            "that path writable, and run the same again"
+        ) from error
+    except BaseException:
+        if not keep_partial:
+            with contextlib.suppress(OSError):
+                unfinished.rmtree()
+        raise
+
+
+def _write_workdir(
+    directory: epath.Path,
+    model: Model,
+    dtype: str | None,
+    progress: Callable[[int], None] | None,
+) -> None:
+    params: Any = jax.tree.map(lambda x: x.load() if isinstance(x, Lazy) else x, model.params)
+    model = dataclasses.replace(model, params=params)
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    documents = {
+        "experiment": {
+            "model": config_to_dict(model.config),
+            "retrofits": retrofits_to_list(model.module()),
+            "data": {"add_bos": model.add_bos},
+        },
+        "generation": model.defaults.to_json(),
+    }
+    if model.origin is not None:
+        documents["origin"] = model.origin.to_json()
+    files = {}
+    if model.tokenizer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            model.tokenizer.save(folder)
+            files = {
+                f"tokenizer/{path.relative_to(folder)}": path.read_bytes()
+                for path in pathlib.Path(folder).rglob("*")
+                if path.is_file()
+            }
+    with CheckpointStore(directory / "checkpoints") as store:
+        store.save(0, {"params": params}, documents, files=files)
+    if progress is not None:
+        progress(sum(x.nbytes for x in jax.tree.leaves(params)))
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    path = epath.Path(path).expanduser()
+    return path if "://" in str(path) else path.absolute()
