@@ -9,7 +9,7 @@ from collections.abc import Callable
 from etils import epath
 
 from ..errors import InputError
-from . import autodeco, fields, kimi_linear
+from . import autodeco, fields, gemma2, gpt_neox, kimi_linear
 from .experiment import Experiment, experiment_from_dict
 
 # Every named experiment is a function without arguments, listed here under its own name.
@@ -25,6 +25,19 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
         kimi_linear.kimi_linear_1b7,
         kimi_linear.kimi_linear_48b,
         autodeco.autodeco_demo,
+        gemma2.gemma2_tiny,
+        gemma2.gemma2_2b,
+        gemma2.gemma2_9b,
+        gemma2.gemma2_27b,
+        gpt_neox.gpt_neox_tiny,
+        gpt_neox.pythia_70m,
+        gpt_neox.pythia_160m,
+        gpt_neox.pythia_410m,
+        gpt_neox.pythia_1b,
+        gpt_neox.pythia_1_4b,
+        gpt_neox.pythia_2_8b,
+        gpt_neox.pythia_6_9b,
+        gpt_neox.pythia_12b,
     )
 }
 

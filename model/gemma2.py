@@ -70,7 +70,7 @@ class Gemma2Config:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
-    query_pre_attn_scalar: float
+    query_pre_attn_scalar: int
     sliding_window: int = 4096
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0

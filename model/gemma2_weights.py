@@ -92,6 +92,8 @@ def config_from_published(published: Mapping[str, Any]) -> Gemma2Config:
         },
     )
     values = {name: published.get(name, default) for name, default in _SAME_FIELDS.items()}
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        values[name] = None if values[name] is None else float(values[name])
     if isinstance(values["eos_token_id"], list):
         values["eos_token_id"] = values["eos_token_id"][0]  # Generation defaults have them all.
     config = Gemma2Config(
