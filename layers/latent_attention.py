@@ -134,8 +134,7 @@ class LatentAttention(nnx.Module):
 
     def _absorbed(self, q, latent, query_positions, key_positions, segments):
         """Queries carried into the latent space: attention reads the cache itself, once."""
-        kernel = self.kv_b_proj.kernel[...].astype(q.dtype)
-        w_k, w_v = jnp.split(kernel, [self.qk_nope_head_dim], axis=-1)
+        w_k, w_v = jnp.split(self.kv_b_proj.weight(q.dtype), [self.qk_nope_head_dim], axis=-1)
         q, q_shared = jnp.split(q, [self.qk_nope_head_dim], axis=-1)
         heads = ("batch", "seq", "heads", None)
         q = jnp.concatenate([einsum("btnk,cnk->btnc", q, w_k, heads), q_shared], axis=-1)

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ..sharding import constrain, einsum, project, take
+from ..sharding import constrain, einsum, take
+from .int8 import product, stored
 
 
 def normal(key: jax.Array, shape: Sequence[int], stddev: float) -> Float[Array, "..."]:
@@ -57,10 +58,17 @@ class Linear(nnx.Module):
         ``kwargs`` go to the product (``preferred_element_type``, ``precision``).
         """
         axes = ("batch", "seq", *self.out_axes)
-        y = project(x, self.kernel[...].astype(x.dtype), axes, **kwargs)
+        y = product(x, stored(self, "kernel"), axes, **kwargs)
+        if hasattr(self, "lora"):
+            y = y + self.lora(x, axes)
         if not hasattr(self, "bias"):
             return y
         return y + constrain(self.bias[...].astype(x.dtype), *self.out_axes)
+
+    def weight(self, dtype: DTypeLike) -> Float[Array, "..."]:
+        """The map's kernel as one array, int8 or adapted as it may be."""
+        kernel = stored(self, "kernel").astype(dtype)
+        return kernel + self.lora.delta(dtype) if hasattr(self, "lora") else kernel
 
 
 class Embedding(nnx.Module):

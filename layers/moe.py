@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..errors import InputError
 from ..sharding import constrain, kernel_map, project, psum_over
+from .int8 import stored, stored_axes
 from .linear import normal
 from .mlp import SwiGLU
 from .ops.grouped_matmul import grouped_swiglu
@@ -119,19 +120,17 @@ class Experts(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """``sum over k of weights * expert[ids](x)``; an id past the last expert adds nothing."""
         tokens = ("batch", "seq", None)
-        wide, narrow = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        names = ("gate", "up", "down")
         return kernel_map(
             partial(_mix, implementation=implementation),
-            (tokens, tokens, tokens, ("experts",), wide, wide, narrow),
+            (tokens, tokens, tokens, ("experts",), *(stored_axes(self, name) for name in names)),
             tokens,
         )(
             x,
             ids,
             weights,
             jnp.arange(self.gate.shape[0]),
-            self.gate[...],
-            self.up[...],
-            self.down[...],
+            *(stored(self, name) for name in names),
         )
 
 
@@ -292,7 +291,10 @@ def _one_by_one(x, local, weights, gate, up, down):
 
     def expert(e, *stacked):
         # One slice a weight: chained after a layer scan's own slice, XLA copies this expert only.
-        return (jax.lax.dynamic_index_in_dim(w, e, 0, False).astype(x.dtype) for w in stacked)
+        def slice_of(array):
+            return jax.lax.dynamic_index_in_dim(array, e, 0, False)
+
+        return (jax.tree.map(slice_of, w).astype(x.dtype) for w in stacked)
 
     rows = []
     for token in range(x.shape[0]):

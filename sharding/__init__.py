@@ -7,6 +7,7 @@ from .activations import (
     mesh_axes_of,
     project,
     psum_over,
+    repeat,
     take,
     take_rows,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "path_name",
     "project",
     "psum_over",
+    "repeat",
     "shardings",
     "split",
     "take",

@@ -94,6 +94,14 @@ def take_rows(x: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
     return x.at[index].get(mode="promise_in_bounds", out_sharding=jax.typeof(x).sharding.spec)
 
 
+def repeat(x: jax.Array, times: int, axis: int) -> jax.Array:
+    """Every element of an ``axis`` so many times in a row, laid out as ``x`` is."""
+    active = _active_mesh()
+    if active is None or not active[1]:
+        return jnp.repeat(x, times, axis)
+    return jnp.repeat(x, times, axis, out_sharding=jax.typeof(x).sharding.spec)
+
+
 def kernel_map(
     fn: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Axes | tuple[Axes, ...]
 ) -> Callable[..., Any]:
@@ -105,7 +113,8 @@ def kernel_map(
 
     Args:
         fn: a function of arrays; sees local blocks.
-        in_axes: logical axes of each argument.
+        in_axes: logical axes of each argument; of one that is a pytree (a weight with its scale),
+            the same pytree with the axes of each array.
         out_axes: logical axes of the result, or a tuple with those of each result.
     """
     active = _active_mesh()
@@ -114,8 +123,11 @@ def kernel_map(
     mesh, explicit = active
     rules = current_rules()
 
-    def spec(axes: Axes) -> PartitionSpec:
-        return rules.spec(axes, mesh.axis_names)
+    def spec(axes: Any) -> Any:
+        def one(names: Axes) -> PartitionSpec:
+            return rules.spec(names, mesh.axis_names)
+
+        return jax.tree.map(one, axes, is_leaf=lambda x: isinstance(x, tuple | list))
 
     in_specs = tuple(spec(axes) for axes in in_axes)
     several = bool(out_axes) and not isinstance(out_axes[0], str | None)
