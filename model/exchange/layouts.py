@@ -105,6 +105,18 @@ class Layout:
             for size, least, more in zip(published, wanted, padded, strict=True)
         )
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Where each of our dimensions (without the stacked ones) stands in the published order."""
+        named = [axis.name for axes in self.published for axis in axes if not axis.pick]
+        return tuple(named.index(name) for name in self.ours[self.stacked :])
+
+    @property
+    def published_order(self) -> tuple[int, ...]:
+        """The inverse of :attr:`order`."""
+        order = self.order
+        return tuple(order.index(i) for i in range(len(order)))
+
     def read(
         self,
         fetch: Callable[[tuple[slice, ...]], np.ndarray],
@@ -119,7 +131,8 @@ class Layout:
             index: a slice with start and stop of each of our dimensions but the stacked ones.
 
         Returns:
-            A view of what ``fetch`` returned.
+            A view of what ``fetch`` returned, our dimensions in the published order; transpose it
+            by :attr:`order`.
         """
         sizes = dict(zip(self.ours, shape, strict=True))
         ranges = dict(zip(self.ours[self.stacked :], index, strict=True))
@@ -135,30 +148,29 @@ class Layout:
             outer.append(slice(taken.start * stride, taken.stop * stride))
             apart += [taken.stop - taken.start, *(axis.size(sizes) for axis in rest)]
             inner += [slice(None), *(axis.range(ranges) for axis in rest)]
-        return self._permuted(fetch(tuple(outer)).reshape(apart)[tuple(inner)])
+        return self._without_picks(fetch(tuple(outer)).reshape(apart)[tuple(inner)])
 
     def write(self, target: np.ndarray, value: np.ndarray, shape: Sequence[int]) -> None:
-        """Put one of our tensors (without the stacked dimensions) where it lies in ``target``."""
-        sizes = dict(zip(self.ours, shape, strict=True))
-        inside = tuple(slice(0, size) for size in self.published_shape(shape))
-        view = target[inside]
-        apart = [axis.size(sizes) for axes in self.published for axis in axes]
-        picked = tuple(
-            slice(axis.pick[0], axis.pick[0] + 1) if axis.pick else slice(None)
-            for axes in self.published
-            for axis in axes
-        )
-        # A padded target is cut first, so that its reshape could be a copy; it has one such axis.
-        view = view.reshape(apart, copy=False) if apart else view.reshape(())
-        self._permuted(view[picked])[...] = value
+        """Put one of our tensors where it lies in the published ``target``.
 
-    def _permuted(self, value: np.ndarray) -> np.ndarray:
-        """Axes in the published order to ours; picked axes (of size one now) vanish."""
-        axes = [axis for axes in self.published for axis in axes]
-        gone = tuple(i for i, axis in enumerate(axes) if axis.pick)
-        names = [axis.name for axis in axes if not axis.pick]
-        order = [names.index(name) for name in self.ours[self.stacked :]]
-        return np.squeeze(value, gone).transpose(order)
+        Args:
+            target: the published tensor; written to.
+            value: ours, without the stacked dimensions, the others in the published order.
+            shape: ours, the stacked dimensions included.
+        """
+        sizes = dict(zip(self.ours, shape, strict=True))
+        view = target[tuple(slice(0, size) for size in self.published_shape(shape))]
+        axes = [axis for group in self.published for axis in group]
+        view = view.reshape([axis.size(sizes) for axis in axes], copy=False)
+        picked = tuple(
+            slice(axis.pick[0], axis.pick[0] + 1) if axis.pick else slice(None) for axis in axes
+        )
+        self._without_picks(view[picked])[...] = value
+
+    def _without_picks(self, value: np.ndarray) -> np.ndarray:
+        """``value`` without its picked axes, of size one now."""
+        axes = [axis for group in self.published for axis in group]
+        return np.squeeze(value, tuple(i for i, axis in enumerate(axes) if axis.pick))
 
 
 def _axis(token: str) -> _Axis:

@@ -1,6 +1,7 @@
 """From published tensors to our parameters, every slice straight into the shard that it belongs to.
 
-Host memory holds the shard that is being filled and one published tensor, never a model.
+The host copies bytes in the order of the files, and holds one shard and one published tensor; the
+device transposes and casts.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from .table import Leaf, Piece
+from .table import Leaf
 
 Tree = dict[Any, Any]
+
+# Arrays below this many bytes are transposed on the host: no program is compiled for them.
+SMALL = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,34 +133,70 @@ def widest(dtypes) -> np.dtype:
 
 def read_leaf(leaf: Leaf, abstract: jax.ShapeDtypeStruct) -> jax.Array:
     """One of our arrays on its devices."""
-    by_place: dict[tuple[int, ...], Piece] = {piece.at: piece for piece in leaf.pieces}
-    seen: dict[tuple, np.ndarray] = {}
-
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    sharding = abstract.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = sharding.addressable_devices_indices_map(leaf.shape)
+    host: dict[tuple, np.ndarray] = {}
+    shards = []
+    for device, index in places.items():
         spans = [slice(*i.indices(size)[:2]) for i, size in zip(index, leaf.shape, strict=True)]
         key = tuple((s.start, s.stop) for s in spans)
-        if key not in seen:
-            # Copies of one shard follow one another; another shard's turn frees this one.
-            seen.clear()
-            seen[key] = _read(leaf, by_place, spans, abstract.dtype)
-        return seen[key]
-
-    if abstract.sharding is None:
-        return jax.device_put(shard((slice(None),) * len(leaf.shape)))
-    return jax.make_array_from_callback(leaf.shape, abstract.sharding, shard)
+        if key not in host:
+            # Copies of one shard mostly follow one another; another shard's turn frees this one.
+            host.clear()
+            host[key] = _read(leaf, spans)
+        shards.append(_placed(host[key], device, _order(leaf), abstract.dtype))
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def _read(
-    leaf: Leaf, by_place: Mapping[tuple[int, ...], Piece], spans: Sequence[slice], dtype: np.dtype
-) -> np.ndarray:
-    out = np.empty([s.stop - s.start for s in spans], dtype)
+def _order(leaf: Leaf) -> tuple[int, ...]:
+    """From the order in which ``_read`` has a leaf's dimensions to ours."""
     leading = len(leaf.pieces[0].at)
-    starts = [s.start for s in spans[:leading]]
-    for at in itertools.product(*(range(s.start, s.stop) for s in spans[:leading])):
-        piece = by_place[at]
-        target = out[tuple(i - start for i, start in zip(at, starts, strict=True))]
-        target[...] = piece.layout.read(piece.stored.read, leaf.own_shape, spans[leading:])
+    return (*range(leading), *(leading + i for i in leaf.pieces[0].layout.order))
+
+
+def _read(leaf: Leaf, spans: Sequence[slice]) -> np.ndarray:
+    """Part of a leaf as its files have it: its dimensions in the order of the first piece's."""
+    pieces = {piece.at: piece for piece in leaf.pieces}
+    leading = len(leaf.pieces[0].at)
+    layout = leaf.pieces[0].layout
+    lead, own = spans[:leading], spans[leading:]
+    shape = [s.stop - s.start for s in own]
+    out = empty(
+        [s.stop - s.start for s in lead] + [shape[i] for i in layout.published_order],
+        widest(piece.stored.dtype for piece in leaf.pieces),
+    )
+    for at in itertools.product(*(range(s.start, s.stop) for s in lead)):
+        piece = pieces[at]
+        value = piece.layout.read(piece.stored.read, leaf.own_shape, own)
+        if piece.layout.order != layout.order:
+            value = value.transpose(piece.layout.order).transpose(layout.published_order)
+        out[tuple(i - s.start for i, s in zip(at, lead, strict=True))] = value
     return out
+
+
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """``np.empty``, aligned so that a CPU device takes the memory over instead of copying it."""
+    nbytes = np.dtype(dtype).itemsize * math.prod(shape)
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _placed(
+    x: np.ndarray, device: jax.Device, order: tuple[int, ...], dtype: np.dtype
+) -> jax.Array:
+    if order == tuple(range(x.ndim)) and x.dtype == dtype:
+        return jax.device_put(x, device)
+    if x.nbytes < SMALL:
+        return jax.device_put(np.ascontiguousarray(x.transpose(order)).astype(dtype), device)
+    # NumPy transposes a large matrix several times slower than it is read.
+    return permuted(jax.device_put(x, device), order, jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def permuted(x: jax.Array, order: tuple[int, ...], dtype: Any) -> jax.Array:
+    """``x`` with its dimensions in another order, and cast, on the device where it lies."""
+    return x.transpose(order).astype(dtype)
 
 
 def _shard_shape(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:

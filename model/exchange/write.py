@@ -18,7 +18,7 @@ from etils import epath
 
 from ...errors import InputError
 from .files import INDEX, SINGLE, encode_header, read_header, write_file
-from .read import Lazy
+from .read import SMALL, Lazy
 from .table import Form, Leaf, Piece
 
 PARTIAL = ".partial"
@@ -60,7 +60,7 @@ class Sources:
         dtype, shape = self.tensors[name]
         target = np.zeros(shape, dtype)
         for leaf, piece in self._parts[name]:
-            value = take(self._get(leaf.path), piece.at)
+            value = take(self._get(leaf.path), piece.at, piece.layout.published_order)
             piece.layout.write(target, value, leaf.own_shape)
         return target
 
@@ -69,28 +69,34 @@ def _loaded(x: Any) -> Any:
     return x.load() if isinstance(x, Lazy) else x
 
 
-def take(x: Any, at: tuple[int, ...]) -> np.ndarray:
-    """``x[at]`` on the host; no more of an array leaves its devices."""
+def take(x: Any, at: tuple[int, ...], order: tuple[int, ...]) -> np.ndarray:
+    """``x[at].transpose(order)`` on the host; no more of an array leaves its devices."""
     if not isinstance(x, jax.Array):
-        return np.asarray(x)[at]
-    out = np.empty(x.shape[len(at) :], x.dtype)
+        return np.asarray(x)[at].transpose(order)
+    lead = len(at)
+    out = np.empty([x.shape[lead + i] for i in order], x.dtype)
     for shard in x.addressable_shards:
         spans = [slice(*i.indices(n)[:2]) for i, n in zip(shard.index, x.shape, strict=True)]
-        lead = list(zip(at, spans[: len(at)], strict=True))
-        if shard.replica_id == 0 and all(s.start <= i < s.stop for i, s in lead):
-            local = tuple(i - s.start for i, s in lead)
-            out[tuple(spans[len(at) :])] = _entry(shard.data, local)
+        inside = all(s.start <= i < s.stop for i, s in zip(at, spans[:lead], strict=True))
+        if shard.replica_id == 0 and inside:
+            local = tuple(i - s.start for i, s in zip(at, spans[:lead], strict=True))
+            out[tuple(spans[lead + i] for i in order)] = _entry(shard.data, local, order)
     return out
 
 
-def _entry(x: jax.Array, at: tuple[int, ...]) -> np.ndarray:
-    """``x[at]`` of an array on one device."""
-    if x.device.platform == "cpu":
-        return np.asarray(x)[at]
-    for index in at:
-        # A traced index: one program serves all layers and experts.
-        x = jax.lax.dynamic_index_in_dim(x, np.int32(index), keepdims=False)
-    return np.asarray(x)
+def _entry(x: jax.Array, at: tuple[int, ...], order: tuple[int, ...]) -> np.ndarray:
+    """``x[at].transpose(order)`` of an array on one device."""
+    if x.device.platform == "cpu" and (x.nbytes < SMALL or order == tuple(sorted(order))):
+        return np.asarray(x)[at].transpose(order)
+    # A traced index: one program serves all layers and experts.
+    return np.asarray(_index_and_permute(x, np.asarray(at, np.int32), order))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _index_and_permute(x: jax.Array, at: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    for i in range(at.shape[0]):
+        x = jax.lax.dynamic_index_in_dim(x, at[i], keepdims=False)
+    return x.transpose(order)
 
 
 def shards(tensors: Mapping[str, Form], shard_size: int) -> list[list[str]]:
