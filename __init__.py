@@ -36,6 +36,7 @@ _PUBLIC = {
     "Vote": "infer",
     "beam_search": "infer",
     "best_of_n": "infer",
+    "chat": "infer",
     "generate": "infer",
     "load": "model",
     "parse_policy": "infer",

@@ -1,6 +1,7 @@
 """Floor 3: decoding: policies, the loop, its steps, and ``generate``."""
 
 from .beam import BeamResult, beam_search
+from .chat import chat
 from .choose import Vote, best_of_n, self_consistency
 from .constraints import BadWords, GrammarMask, LogitBias, MinNewTokens
 from .drafts import Draft, DraftModel, PromptLookup
@@ -47,6 +48,7 @@ __all__ = [
     "Vote",
     "beam_search",
     "best_of_n",
+    "chat",
     "generate",
     "parse_policy",
     "power_sample",

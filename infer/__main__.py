@@ -13,14 +13,20 @@ from ..errors import InputError
 _MODEL = flags.DEFINE_string("model", None, "A training workdir; required.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; the newest if not given.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat for a batch.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens each prompt may get.")
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Each prompt is a message, which the model answers by its chat template."
+)
+_SYSTEM = flags.DEFINE_string("system", None, "The system message before each, with --chat.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "Tokens each prompt may get; if not given, the model's own, or 256."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first prompt; each further one has the next.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations of each prompt.")
 _POLICY = flags.DEFINE_string(
     "policy",
-    "temperature=1",
+    None,
     "What tokens are drawn by, such as 'temperature=0.7,top_p=0.95' or 'greedy'; see "
-    "docs/policies.md.",
+    "docs/policies.md. If not given, the model's own settings, or temperature=1.",
 )
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a continuation; may be repeated.")
 _STREAM = flags.DEFINE_bool("stream", False, "Print the text while it grows (one prompt).")
@@ -87,24 +93,29 @@ def _check_flags() -> None:
             raise InputError(
                 f"--{name} is for --method={method}, not {_METHOD.value}; leave it out"
             )
+    if _SYSTEM.value is not None and not _CHAT.value:
+        raise InputError("--system is for --chat; give that too")
     if _STREAM.value and len(_PROMPT.value) * _NUM_SAMPLES.value > 1:
         raise InputError("--stream prints one text; give one --prompt and one sample")
 
 
 def _sample(model) -> None:
+    from .defaults import stop_ids
     from .drafts import DraftModel, PromptLookup
     from .generate import generate, stream
     from .grammar import JsonSchema, Regex
     from .parse import parse_policy
 
-    stops = () if model.tokenizer is None else (model.tokenizer.eos_id,)
     settings = {
-        "policy": parse_policy(_POLICY.value, [s for s in stops if s is not None]),
-        "max_new_tokens": _MAX_NEW_TOKENS.value,
+        "max_new_tokens": _max_new_tokens(model),
         "seed": _SEED.value,
         "n": _NUM_SAMPLES.value,
-        "stop": tuple(_STOP.value),
+        "stop": tuple(_STOP.value) or None,
     }
+    if _POLICY.value is not None:
+        settings["policy"] = parse_policy(_POLICY.value, stop_ids(model))
+    if _MAX_NEW_TOKENS.value is None and model.defaults.max_new_tokens is None:
+        settings["max_length"] = model.defaults.max_length
     if _REGEX.value is not None and _JSON_SCHEMA.value is not None:
         raise InputError("--regex and --json_schema exclude each other; give one")
     if _REGEX.value is not None:
@@ -119,12 +130,12 @@ def _sample(model) -> None:
         settings["draft"] = DraftModel(load(_DRAFT.value), num_tokens=_DRAFT_TOKENS.value)
 
     if _STREAM.value:
-        print(_PROMPT.value[0], end="", flush=True)
-        for piece in stream(model, _PROMPT.value, **settings):
+        print("" if _CHAT.value else _PROMPT.value[0], end="", flush=True)
+        for piece in stream(model, _prompts(model), **settings):
             print(piece.text, end="", flush=True)
         print()
         return
-    generation = generate(model, _PROMPT.value, **settings)
+    generation = generate(model, _prompts(model), **settings)
     _print(generation.text)
     if generation.drafted is not None:
         counts = f"{sum(generation.accepted)} of {sum(generation.drafted)}"
@@ -156,10 +167,10 @@ def _power(model) -> None:
         settings["num_particles"] = _PARTICLES.value
     samples = power_sample(
         model,
-        _PROMPT.value,
+        _prompts(model),
         method=method,
         alpha=_ALPHA.value,
-        t_max=_MAX_NEW_TOKENS.value,
+        t_max=_max_new_tokens(model),
         n=_NUM_SAMPLES.value,
         seed=_SEED.value,
         **settings,
@@ -182,21 +193,38 @@ def _search(model) -> None:
 
     found = beam_search(
         model,
-        _PROMPT.value,
+        _prompts(model),
         _BEAMS.value,
-        _MAX_NEW_TOKENS.value,
+        _max_new_tokens(model),
         n=_NUM_SAMPLES.value,
         policy=parse_policy(_POLICY.value) if flags.FLAGS["policy"].present else None,
     )
     for prompt, texts, scores in zip(_PROMPT.value, found.text, found.scores, strict=True):
         for text in texts:
-            print(prompt + text)
+            print(text if _CHAT.value else prompt + text)
         print(f"scores: {scores}", file=sys.stderr)
 
 
 def _print(text: list[str]) -> None:
     for i, continuation in enumerate(text):
-        print(_PROMPT.value[i // _NUM_SAMPLES.value] + continuation)
+        prompt = "" if _CHAT.value else _PROMPT.value[i // _NUM_SAMPLES.value]
+        print(prompt + continuation)
+
+
+def _prompts(model):
+    """The prompts; with ``--chat``, the token ids of conversations that end with each."""
+    if not _CHAT.value:
+        return _PROMPT.value
+    from .chat import chat_prompts
+
+    before = [] if _SYSTEM.value is None else [{"role": "system", "content": _SYSTEM.value}]
+    chats = [[*before, {"role": "user", "content": prompt}] for prompt in _PROMPT.value]
+    return chat_prompts(model, chats)
+
+
+def _max_new_tokens(model) -> int:
+    given = _MAX_NEW_TOKENS.value
+    return (model.defaults.max_new_tokens or 256) if given is None else given
 
 
 def _read_schema(path: str):

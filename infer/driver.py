@@ -84,6 +84,7 @@ class Run:
             model, decoder, batch, many, rows, params=self.params, needs=needs
         )
         batch = self.batch = many or batch
+        self.has_stop_strings = bool(stop)
         self.streams = [TextStream(decode, stop) for _ in range(batch.count)]
         self._stops = [set(row.tolist()) for row in batch.stop_tokens]
         self._seen = batch.lengths.copy()

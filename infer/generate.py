@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import InputError
 from ..model.handle import Model
+from .defaults import settle
 from .drafts import Draft
 from .driver import Generation, Run, decoder_of, records_for
 from .policy import Policy
@@ -38,13 +39,13 @@ def generate(
     model: Model,
     prompts: Prompts,
     policy: Policy | Sequence[Policy] | None = None,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: int | Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
     *,
     n: int = 1,
     max_length: int | None = None,
     stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
     top_logprobs: int = 0,
     logprobs: str = "raw",
     grammar: Grammars | None = None,
@@ -53,17 +54,20 @@ def generate(
 ) -> Generation:
     """Continue each prompt.
 
+    What is None is as the model's own settings say (``model.defaults``: what its publisher wrote
+    into ``generation_config.json``; see :func:`~.defaults.default_policy`). Where they say nothing,
+    tokens are drawn by ``Temperature(1.0)``, 128 at most, up to the tokenizer's end-of-sequence.
+
     Args:
         model: as :func:`jaxalope.load` returns it.
         prompts: text, or token ids; of any lengths.
-        policy: that tokens are drawn by, one for all or one a prompt; ``Temperature(1.0)`` if None.
+        policy: that tokens are drawn by, one for all or one a prompt.
         max_new_tokens: that a row may get; one for all or one a prompt.
         seed: one a prompt, or an int: prompt ``i`` then has seed ``seed + i``. A row's tokens
             depend on its own seed and sample number only, not on its neighbours.
         n: samples a prompt; it is read once and its cache forked.
         max_length: of prompt and response together, which bounds the cache.
-        stop_tokens: ids that end a row, for all prompts or one sequence each; the tokenizer's
-            end-of-sequence if None.
+        stop_tokens: ids that end a row, for all prompts or one sequence each.
         stop: strings that end a row.
         top_logprobs: likeliest tokens to report of each position, at most 20.
         logprobs: ``"raw"`` under the model itself, ``"processed"`` under the policy's proposal.
@@ -92,7 +96,7 @@ def generate(
         grammar,
         draft,
     )
-    watched = bool(stop) or cancel is not None
+    watched = run.has_stop_strings or cancel is not None
     while not run.finished:
         if cancel is not None and cancel():
             break
@@ -104,13 +108,13 @@ def stream(
     model: Model,
     prompts: Prompts,
     policy: Policy | Sequence[Policy] | None = None,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: int | Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
     *,
     n: int = 1,
     max_length: int | None = None,
     stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
     grammar: Grammars | None = None,
     draft: Draft | None = None,
     stride: int = 4,
@@ -170,9 +174,8 @@ def _start(
 ) -> Run:
     if n < 1:
         raise InputError(f"n={n} must be at least 1")
-    if isinstance(stop, str):
-        stop = (stop,)
-    request = (model, prompts, policy, max_new_tokens, seed, stop_tokens)
+    own = settle(model, policy, max_new_tokens, max_length, stop_tokens, stop)
+    request = (model, prompts, own.policy, own.max_new_tokens, seed, stop_tokens)
     records = records_for(model, logprobs, top_logprobs)
     if draft is not None:
         if grammar is not None:
@@ -182,12 +185,12 @@ def _start(
         if not hasattr(draft, "start"):
             raise InputError(f"draft={draft!r} is no draft; give DraftModel(...) or PromptLookup()")
         drafter = draft.start(model)
-        batch = make_batch(*request, max_length=max_length, headroom=draft.num_tokens)
+        batch = make_batch(*request, max_length=own.max_length, headroom=draft.num_tokens)
         decoder = program_of(model, Speculative, (*records, Drafted(), Accepted()))
-        return Run(model, decoder, batch, n, stop, drafter)
-    batch = make_batch(*request, max_length=max_length)
+        return Run(model, decoder, batch, n, own.stop, drafter)
+    batch = make_batch(*request, max_length=own.max_length)
     if grammar is None:
-        return Run(model, decoder_of(model, records), batch, n, stop)
+        return Run(model, decoder_of(model, records), batch, n, own.stop)
     grammars = compiled_grammars(model, grammar, batch.count)
     decoder = program_of(model, Guided, records)
-    return GuidedRun(model, decoder, batch, n=n, stop=stop, grammars=grammars)
+    return GuidedRun(model, decoder, batch, n=n, stop=own.stop, grammars=grammars)

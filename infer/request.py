@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..model.handle import Model
+from .defaults import stop_ids
 from .policy import Policy, Temperature, stack_rows
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
@@ -82,8 +83,8 @@ def make_batch(
         policy: one for all prompts, or one each; ``Temperature(1.0)`` if None.
         max_new_tokens: one for all, or one each.
         seed: one each, or an int: prompt ``i`` then has seed ``seed + i``.
-        stop_tokens: ids for all prompts, or a sequence of ids each; the tokenizer's
-            end-of-sequence if None.
+        stop_tokens: ids for all prompts, or a sequence of ids each; if None the model's own, or
+            the tokenizer's end-of-sequence.
         max_length: of prompt and response together; None is no bound.
         headroom: positions of the canvas beyond the longest limit.
 
@@ -192,8 +193,7 @@ def _each(name: str, value: int | Sequence[int], count: int) -> list[int]:
 def _stops(model: Model, stop_tokens, count: int) -> np.ndarray:
     """``[count, S]``; -1 is no token, so that no row is ever empty."""
     if stop_tokens is None:
-        eos = getattr(model.tokenizer, "eos_id", None)
-        stop_tokens = () if eos is None else (eos,)
+        stop_tokens = stop_ids(model)
     rows = list(stop_tokens)
     if not rows or np.isscalar(rows[0]):
         rows = [rows] * count

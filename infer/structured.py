@@ -22,6 +22,7 @@ from ..model.handle import Model
 from ..sharding import Params, constrain
 from .cache import CacheLayout
 from .constraints import GrammarMask
+from .defaults import stop_ids
 from .driver import Run
 from .grammar import Grammar, Vocabulary
 from .loop import RUNNING, STOPPED, DecodeState
@@ -208,6 +209,14 @@ def compiled_grammars(model: Model, grammar: Grammars, count: int) -> list[Gramm
             continue
         if model.tokenizer is None:
             raise InputError("grammar needs a tokenizer; this model has none")
-        vocabulary = vocabulary or Vocabulary.from_tokenizer(model.tokenizer)
+        vocabulary = vocabulary or _vocabulary(model)
         compiled[id(one)] = one.compile(vocabulary)
     return [None if one is None else compiled[id(one)] for one in grammars]
+
+
+def _vocabulary(model: Model) -> Vocabulary:
+    vocabulary, stops = Vocabulary.from_tokenizer(model.tokenizer), stop_ids(model)
+    # A text ends by a token that the model was taught to end texts by.
+    if stops and vocabulary.eos_id not in stops:
+        vocabulary = dataclasses.replace(vocabulary, eos_id=stops[0])
+    return vocabulary
