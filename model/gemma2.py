@@ -163,6 +163,9 @@ class Gemma2Config:
             intermediate_size=48,
             query_pre_attn_scalar=8,
             sliding_window=8,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
         )
 
     # -- Counts -----------------------------------------------------------------------------------
