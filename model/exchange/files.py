@@ -66,12 +66,16 @@ class Stored:
         return self.dtype.itemsize * math.prod(self.shape)
 
     def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A copy of the values at ``index`` (a slice of each dimension), or of all of them."""
+        """The values at ``index`` (a slice of each dimension), or all of them.
+
+        Of a local file they are mapped, and read from it when they are copied to their place; let
+        go of them then.
+        """
         whole = (slice(None),) * len(self.shape)
         index = whole if index is None else index
         if "://" not in str(self.file):
             raw = np.memmap(self.file, np.uint8, "r", self.start, (self.nbytes,))
-            return np.array(raw.view(self.dtype).reshape(self.shape)[index])
+            return raw.view(self.dtype).reshape(self.shape)[(*index, ...)].view(np.ndarray)
         # Somewhere that is opened, not mapped: the rows that are asked for are one range of bytes.
         first = range(self.shape[0])[index[0]] if self.shape else range(1)
         row = self.nbytes // max(self.shape[0] if self.shape else 1, 1)
@@ -79,7 +83,7 @@ class Stored:
             file.seek(self.start + first.start * row)
             raw = np.frombuffer(file.read(len(first) * row), self.dtype)
         values = raw.reshape((len(first), *self.shape[1:]) if self.shape else ())
-        return np.array(values[(slice(None), *index[1:])[: values.ndim]])
+        return values[(slice(None), *index[1:])[: values.ndim]]
 
 
 def read_directory(directory: epath.Path) -> dict[str, Stored]:

@@ -453,17 +453,14 @@ class TestCommandLine:
         assert "largest difference of the logits: 0 " in out
         self.convert(monkeypatch, capsys, f"--from={tmp_path}/w", f"--to={tmp_path}/back")
         same_bytes(read_all(folder), read_all(tmp_path / "back"))
-        out = self.convert(
+        self.convert(
             monkeypatch,
             capsys,
             f"--from={folder}",
             f"--to={tmp_path}/wide",
             "--format=hf",
             "--dtype=float32",
-            "--verify",
-        ).out
-        difference = float(out.split("largest difference of the logits: ")[1].split()[0])
-        assert difference < 1e-5  # Of fusions that round otherwise.
+        )
         assert {str(x.dtype) for x in read_all(tmp_path / "wide").values()} == {"float32"}
 
     def test_errors_end_with_a_line_and_a_status(self, tmp_path, monkeypatch, capsys):
