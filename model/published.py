@@ -76,10 +76,6 @@ class PublishedModel:
         arrays = self.plan.lazily() if lazily else self.plan.load(progress)
         found = tokenizer_of(self.directory)
         tokenizer = None if found is None else load_tokenizer(found)
-        generation = self.directory / GENERATION
-        defaults = GenerationDefaults()
-        if generation.exists():
-            defaults = GenerationDefaults.from_json(_read_json(generation))
         return Model(
             self.config,
             self.graphdef,
@@ -88,7 +84,7 @@ class PublishedModel:
             self.mesh,
             self.rules,
             add_bos=getattr(tokenizer, "add_bos", False),
-            defaults=defaults,
+            defaults=GenerationDefaults.from_json(read_generation(self.directory)),
             origin=self.origin,
         )
 
@@ -166,6 +162,12 @@ def tokenizer_of(directory: epath.Path) -> epath.Path | None:
     return directory if found else None
 
 
+def read_generation(directory: epath.Path) -> dict[str, Any]:
+    """The contents of a published model's ``generation_config.json``; nothing if it has none."""
+    path = directory / GENERATION
+    return _read_json(path) if path.exists() else {}
+
+
 def load_into(
     directory: epath.Path, config: Any, wanted: Mapping[str, Any], *, partial: bool = False
 ) -> dict[str, Any]:
@@ -181,11 +183,18 @@ def load_into(
     Raises:
         InputError: as :func:`open_published`.
     """
+    arrays = plan_into(directory, config, wanted, partial=partial).load()
+    return {".".join(map(str, path)): array for path, array in arrays.items()}
+
+
+def plan_into(
+    directory: epath.Path, config: Any, wanted: Mapping[str, Any], *, partial: bool = False
+) -> LoadPlan:
+    """What :func:`load_into` would read, with its arguments and errors."""
     _, shapes, _ = abstract(lambda key: build_model(config, key))
     shapes = jax.tree.map_with_path(lambda path, x: wanted.get(path_name(path), x), shapes)
     leaves = match(_table(config), config, shapes, read_directory(directory), partial=partial)
-    arrays = plan(leaves, shapes, stored_dtypes=False).load()
-    return {".".join(map(str, path)): array for path, array in arrays.items()}
+    return plan(leaves, shapes, stored_dtypes=False)
 
 
 def write_published(
@@ -215,7 +224,6 @@ def write_published(
     contents[key] = str(_usual_dtype(sources))
     if model.tokenizer is not None:
         for name, content in model.tokenizer.files().items():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)
     defaults = model.defaults.to_json()

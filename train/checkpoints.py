@@ -12,16 +12,17 @@ from etils import epath
 from ..configs.experiment import Experiment, experiment_to_dict
 from ..data.pipeline import merge_states
 from ..model.checkpoint import CheckpointStore
+from .init_from import generation_of
 from .step import TrainState
-from .workdir import CHECKPOINTS, tokenizer_files
+from .workdir import CHECKPOINTS, GENERATION, generation_defaults, tokenizer_files
 
 
 class TrainCheckpoints:
     """The checkpoints of one run.
 
     Each holds the parameters, the optimizer's state, the average of the parameters if there is one,
-    the state of every process's data streams, the experiment and the tokenizer: all that it takes
-    to go on, or to use the model elsewhere.
+    the state of every process's data streams, the experiment, the tokenizer and how the model
+    should be sampled: all that it takes to go on, or to use the model elsewhere.
     """
 
     def __init__(self, workdir: epath.Path, experiment: Experiment):
@@ -30,6 +31,9 @@ class TrainCheckpoints:
             workdir / CHECKPOINTS, keep_last=settings.keep_last, keep_best=settings.keep_best
         )
         self._experiment = experiment_to_dict(experiment)
+        self._generation: dict[str, Any] = {}
+        if experiment.init_from is not None:
+            self._generation = generation_defaults(workdir, lambda: generation_of(experiment))
         self._files = tokenizer_files(workdir) if jax.process_index() == 0 else {}
 
     def latest(self) -> int | None:
@@ -59,7 +63,7 @@ class TrainCheckpoints:
         self._store.save(
             step,
             _trees(state),
-            {"experiment": self._experiment},
+            {"experiment": self._experiment, GENERATION: self._generation},
             process_documents={"data": data_state},
             files=self._files,
             metric=metric,

@@ -12,13 +12,20 @@ from etils import epath
 from ..configs.experiment import AutoDeco, Experiment
 from ..data.tokenizers import load_tokenizer
 from ..errors import InputError
-from ..model.checkpoint import document_dir, read_document, restore_params
+from ..model.checkpoint import document_dir, has_document, read_document, restore_params
 from ..model.load import locate
-from ..model.published import is_published, load_into, read_config, tokenizer_of
+from ..model.published import (
+    is_published,
+    load_into,
+    plan_into,
+    read_config,
+    read_generation,
+    tokenizer_of,
+)
 from ..model.registry import config_from_dict, config_to_dict, family_of
 from ..model.retrofit import build, retrofits_from_list
 from ..sharding import abstract, path_name
-from .workdir import CHECKPOINTS, TOKENIZER
+from .workdir import CHECKPOINTS, GENERATION, TOKENIZER
 
 
 def check_source(experiment: Experiment, workdir: epath.PathLike) -> None:
@@ -40,6 +47,7 @@ def check_source(experiment: Experiment, workdir: epath.PathLike) -> None:
     source = locate(path, "init_from")
     if is_published(source):
         _published_differences(source, experiment)
+        plan_into(source, experiment.model, {})
         saved = tokenizer_of(source)
         if saved is None:
             return
@@ -52,6 +60,17 @@ def check_source(experiment: Experiment, workdir: epath.PathLike) -> None:
             f"data.tokenizer={experiment.data.tokenizer!r} is not the tokenizer of init_from="
             f"{path!r}, for whose model ids mean something else; set data.tokenizer={str(saved)!r}"
         )
+
+
+def generation_of(experiment: Experiment) -> dict[str, Any]:
+    """What the model of ``init_from`` says of how it should be sampled, as JSON; {} if nothing."""
+    if experiment.init_from is None:
+        return {}
+    source = locate(experiment.init_from, "init_from")
+    if is_published(source):
+        return read_generation(source)
+    known = has_document(source, GENERATION)
+    return read_document(source, GENERATION) if known else {}
 
 
 def load_base(experiment: Experiment, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from ..errors import InputError
 
 EXPERIMENT = "experiment.json"
 TOKENIZER = "tokenizer"
+GENERATION = "generation"
 CHECKPOINTS = "checkpoints"
 
 # What may differ when a run goes on. None of it changes what the run computes, beyond rounding,
@@ -82,6 +84,20 @@ def tokenizer_files(workdir: epath.Path) -> dict[str, bytes]:
     saved = workdir / TOKENIZER
     paths = (path for level in ("*", "*/*") for path in saved.glob(level) if path.is_file())
     return {f"{TOKENIZER}/{path.relative_to(saved)}": path.read_bytes() for path in paths}
+
+
+def generation_defaults(workdir: epath.Path, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """How the run's model should be sampled: as ``find()`` says when the run begins.
+
+    Kept in ``generation.json``, since where it came from may be gone when the run goes on.
+    """
+    path = workdir / f"{GENERATION}.json"
+    if not path.exists():
+        found = find()
+        if jax.process_index() == 0:
+            _replace(path, json.dumps(found, indent=1))
+        return found
+    return json.loads(path.read_text())
 
 
 def may_change(path: str) -> bool:
