@@ -2,7 +2,12 @@ import json
 
 import pytest
 
-from jaxalope.configs import experiment_to_dict, get_experiment
+from jaxalope.configs import (
+    EXPERIMENTS,
+    experiment_from_dict,
+    experiment_to_dict,
+    get_experiment,
+)
 from jaxalope.errors import InputError
 
 _FILE = """
@@ -20,6 +25,14 @@ def test_a_python_file_and_the_json_of_a_workdir_are_experiments(tmp_path):
     assert mine.name == "mine"
     (tmp_path / "experiment.json").write_text(json.dumps(experiment_to_dict(mine)))
     assert get_experiment(str(tmp_path / "experiment.json")) == mine
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_json_under_its_own_name(name):
+    experiment = get_experiment(name)
+    assert experiment.name == name
+    values = json.loads(json.dumps(experiment_to_dict(experiment)))
+    assert experiment_from_dict(values) == experiment
 
 
 def test_an_unknown_name_suggests_the_nearest():
