@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -218,8 +219,7 @@ def write_published(
         InputError: something of the model has no place in the published form.
     """
     sources = sources_of(model, dtype)
-    contents = {**(model.origin.config if model.origin else {})}
-    contents |= _table(model.config).config_to(model.config)
+    contents = _contents(model)
     key = "dtype" if "dtype" in contents and "torch_dtype" not in contents else "torch_dtype"
     contents[key] = str(_usual_dtype(sources))
     if model.tokenizer is not None:
@@ -231,6 +231,21 @@ def write_published(
         (directory / GENERATION).write_text(json_text(defaults))
     write_weights(directory, sources, shard_size=shard_size, progress=progress)
     (directory / CONFIG).write_text(json_text(contents))
+
+
+def _contents(model: Model) -> dict[str, Any]:
+    """A model's ``config.json``: as it was read, but for what has changed since."""
+    published = _table(model.config)
+    ours = published.config_to(model.config)
+    if model.origin is None:
+        return ours
+    theirs = dict(model.origin.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Unknown fields were named when it was read.
+        before = published.config_to(published.config_from(theirs))
+    return theirs | {
+        name: value for name, value in ours.items() if name not in theirs or value != before[name]
+    }
 
 
 def sources_of(model: Model, dtype: str | None = None) -> Sources:

@@ -124,6 +124,18 @@ class TestRoundTrips:
         jaxalope.save(model, tmp_path / "again")
         assert json.loads((tmp_path / "again/config.json").read_text())["flux_capacitor"] == 1.21
 
+    def test_what_changed_since_is_written_and_nothing_else(self, folder, tmp_path):
+        config = json.loads((folder / "config.json").read_text())
+        read = {**config, "rope_theta": 77.0, "rms_norm_eps": 1e-5}
+        (folder / "config.json").write_text(json.dumps(read))
+        model = jaxalope.load(folder)
+        changed = dataclasses.replace(model.config, routed_scaling_factor=3.5)
+        jaxalope.save(dataclasses.replace(model, config=changed), tmp_path / "again")
+        written = json.loads((tmp_path / "again/config.json").read_text())
+        assert {n: v for n, v in written.items() if read.get(n) != v} == {
+            "routed_scaling_factor": 3.5
+        }
+
     def test_another_dtype_on_request(self, folder, tmp_path):
         model = jaxalope.load(folder, dtype="float32", param_dtype="float32")
         assert {str(x.dtype) for x in jax.tree.leaves(model.params)} == {"float32"}
