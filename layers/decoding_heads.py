@@ -34,10 +34,6 @@ class _Affine(Linear):
         noise = stddev * jax.random.normal(rngs.params(), tuple(out_axes.values()), jnp.float32)
         self.bias = nnx.Param(bias + noise, axes=tuple(out_axes))
 
-    def __call__(self, x):
-        bias = constrain(self.bias[...], *self.out_axes).astype(x.dtype)
-        return super().__call__(x) + bias
-
 
 class TempHead(nnx.Module):
     """``2 sigmoid(w relu(W h + b) + c)``: the temperature of a token's distribution, in (0, 2).
