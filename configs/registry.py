@@ -9,7 +9,7 @@ from collections.abc import Callable
 from etils import epath
 
 from ..errors import InputError
-from . import autodeco, fields, gemma2, gpt_neox, kimi_linear
+from . import autodeco, fields, gemma2, gpt_neox, kimi_linear, lora
 from .experiment import Experiment, experiment_from_dict
 
 # Every named experiment is a function without arguments, listed here under its own name.
@@ -25,6 +25,7 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
         kimi_linear.kimi_linear_1b7,
         kimi_linear.kimi_linear_48b,
         autodeco.autodeco_demo,
+        lora.lora_demo,
         gemma2.gemma2_tiny,
         gemma2.gemma2_2b,
         gemma2.gemma2_9b,

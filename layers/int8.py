@@ -20,6 +20,8 @@ from ..sharding import constrain, project, repeat
 
 Axes = tuple[str | None, ...]
 
+SCALE = "_scale"  # what the name of a weight's scale has after the weight's
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +58,13 @@ class Int8:
 
 def stored(module: nnx.Module, name: str) -> Array | Int8:
     """The weight ``name`` of a module as it is kept; either form has ``astype``."""
-    values, scale = getattr(module, name)[...], getattr(module, f"{name}_scale", None)
+    values, scale = getattr(module, name)[...], getattr(module, name + SCALE, None)
     return values if scale is None else Int8(values, scale[...])
 
 
 def stored_axes(module: nnx.Module, name: str) -> Axes | Int8:
     """The logical axes of what :func:`stored` returns."""
-    scale = getattr(module, f"{name}_scale", None)
+    scale = getattr(module, name + SCALE, None)
     axes = getattr(module, name).get_metadata()["axes"]
     return axes if scale is None else Int8(axes, scale.get_metadata()["axes"])
 

@@ -3,8 +3,11 @@
 from .gemma2 import Gemma2, Gemma2Config
 from .gpt_neox import GPTNeoX, GPTNeoXConfig
 from .handle import Model
+from .int8 import dequantize_weights, quantize_weights
 from .kimi_linear import KimiLinear, KimiLinearConfig
 from .load import load
+from .lora import LoRAConfig, merge_lora
+from .peft import load_lora, save_lora
 from .registry import FAMILIES, build_model, config_from_dict, config_to_dict
 from .retrofit import DecodingHeadsConfig, add_decoding_heads, add_retrofits, attach
 from .save import save
@@ -18,6 +21,7 @@ __all__ = [
     "Gemma2Config",
     "KimiLinear",
     "KimiLinearConfig",
+    "LoRAConfig",
     "Model",
     "add_decoding_heads",
     "add_retrofits",
@@ -25,6 +29,11 @@ __all__ = [
     "build_model",
     "config_from_dict",
     "config_to_dict",
+    "dequantize_weights",
     "load",
+    "load_lora",
+    "merge_lora",
+    "quantize_weights",
     "save",
+    "save_lora",
 ]

@@ -19,6 +19,7 @@ from .checkpoint import document_dir, has_document, read_document, restore_param
 from .exchange import Lazy, Origin, hub
 from .generation_defaults import GenerationDefaults
 from .handle import Model
+from .int8 import as_stored, is_int8
 from .published import is_published, open_published
 from .registry import config_from_dict
 from .retrofit import build, retrofits_from_list
@@ -111,9 +112,9 @@ def _open_workdir(
         config = dataclasses.replace(config, dtype=dtype)
     retrofits = retrofits_from_list(experiment.get("retrofits", []))
     rules = rules or AxisRules()
-    graphdef, shapes, axes = abstract(lambda key: build(config, retrofits, key))
-    places = None if mesh is None else shardings(shapes, axes, mesh, rules)
     stored = read_document(directory, "checkpoint", step)["trees"]["ema" if ema else "params"]
+    graphdef, shapes, axes = abstract(lambda key: as_stored(build(config, retrofits, key), stored))
+    places = None if mesh is None else shardings(shapes, axes, mesh, rules)
     documents = document_dir(directory, step)
     tokenizer = documents / "tokenizer"
     known = {
@@ -156,7 +157,9 @@ def _abstract(shapes: Any, places: Any, stored: Any, param_dtype: str | None) ->
 
     def one(path, x, place=None):
         kept = stored.get(path_name(path))
-        dtype = param_dtype or (kept[0] if kept else x.dtype)
+        dtype = kept[0] if kept else x.dtype
+        if param_dtype is not None and not is_int8(path_name(path), x):
+            dtype = param_dtype
         return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=place)
 
     if places is None:

@@ -25,6 +25,7 @@ from ..errors import InputError
 from ..layers.decoding_heads import DecodingHeads
 from ..sharding import param_axes, path_name, shardings, split
 from .handle import Model
+from .lora import LoRAConfig
 from .registry import build_model
 
 
@@ -81,9 +82,11 @@ class DecodingHeadsConfig:
         )
 
 
-AnyRetrofit = DecodingHeadsConfig
+AnyRetrofit = DecodingHeadsConfig | LoRAConfig
 
-RETROFITS: dict[str, type[AnyRetrofit]] = {DecodingHeadsConfig.kind: DecodingHeadsConfig}
+RETROFITS: dict[str, type[AnyRetrofit]] = {
+    retrofit.kind: retrofit for retrofit in (DecodingHeadsConfig, LoRAConfig)
+}
 
 
 def attach(module: nnx.Module, retrofits: Sequence[Retrofit], key: jax.Array) -> nnx.Module:
@@ -179,7 +182,8 @@ def retrofits_from_list(values: Sequence[dict[str, Any]]) -> tuple[AnyRetrofit, 
     """
     found = []
     for value in values:
-        fields = dict(value)
+        # JSON has lists only; every sequence field of a retrofit is a tuple.
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
         kind = fields.pop("kind", None)
         if kind not in RETROFITS:
             raise InputError(f"retrofits.kind={kind!r} is not one of {sorted(RETROFITS)}")
