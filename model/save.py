@@ -14,10 +14,12 @@ import jax
 from etils import epath
 
 from ..errors import InputError, SaveError
+from ..sharding import path_name
 from .checkpoint import CheckpointStore
 from .exchange import Lazy
 from .exchange.write import PARTIAL
 from .handle import Model
+from .int8 import is_int8
 from .published import write_published
 from .registry import config_to_dict
 from .retrofit import retrofits_to_list
@@ -123,7 +125,9 @@ def _write_workdir(
     params: Any = jax.tree.map(lambda x: x.load() if isinstance(x, Lazy) else x, model.params)
     model = dataclasses.replace(model, params=params)
     if dtype is not None:
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        params = jax.tree.map_with_path(
+            lambda path, x: x if is_int8(path_name(path), x) else x.astype(dtype), params
+        )
     documents = {
         "experiment": {
             "model": config_to_dict(model.config),

@@ -241,6 +241,10 @@ def test_it_is_saved_and_loaded_as_it_is(quantized, tmp_path):
             kept = "param_dtype" not in settings or x.dtype == jnp.int8 or n.endswith("_scale")
             theirs = flat(model.params)[n]
             assert np.array_equal(x, theirs) if kept else x.dtype == jnp.bfloat16
+    jaxalope.save(model, tmp_path / "half", format="orbax", dtype="bfloat16")
+    half = flat(jaxalope.load(tmp_path / "half").params)
+    assert {str(x.dtype) for x in half.values()} == {"bfloat16", "int8", "float32"}
+    assert all(np.array_equal(x, flat(model.params)[n]) for n, x in half.items() if "proj.k" in n)
     with pytest.raises(InputError, match=r"no name for .*kernel_scale"):
         jaxalope.save(model, tmp_path / "hf")
     jaxalope.save(dequantize_weights(model), tmp_path / "hf")
