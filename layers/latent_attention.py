@@ -138,11 +138,10 @@ class LatentAttention(nnx.Module):
         q, q_shared = jnp.split(q, [self.qk_nope_head_dim], axis=-1)
         heads = ("batch", "seq", "heads", None)
         q = jnp.concatenate([einsum("btnk,cnk->btnc", q, w_k, heads), q_shared], axis=-1)
+        # The shared key goes along as values that are dropped: a slice would copy the whole cache.
         k = latent[:, :, None]
-        o = self._attend(
-            q, k, k[..., : self.kv_lora_rank], None, query_positions, key_positions, segments
-        )
-        return einsum("btnc,cnv->btnv", o, w_v, heads)
+        o = self._attend(q, k, k, None, query_positions, key_positions, segments)
+        return einsum("btnc,cnv->btnv", o[..., : self.kv_lora_rank], w_v, heads)
 
     def _attend(self, q, k, v, kv_axis, query_positions, key_positions, segments):
         own, kv = ("batch", None, "heads", None), ("batch", None, kv_axis, None)
