@@ -2,18 +2,21 @@
 
 Two passes cover the rows of every group, and only they need to know where a group lies:
 
-1. one product batched over the groups, for the first ``ceil(M / E)`` rows of each: all rows when
-   the load is balanced, and the speed of one large matmul;
+1. one product batched over the groups, for as many first rows of each as a balanced load seldom
+   exceeds: its mean, ``M / E``, and two standard deviations; it has the speed of one large matmul;
 2. a loop over blocks of the rows that are left, with as many turns as there are such blocks: none
    when the load is balanced, and never more than ``M / BLOCK + E``, however skewed it is.
 
-The number of rows computed thus stays below twice the number given. Loops of a data-dependent
-length have no reverse mode, so the gradients are a second use of the same two passes.
+The number of rows computed thus stays near twice the number given, or below, but for a few rows a
+group. Loops of a data-dependent length have no reverse mode, so the gradients are a second use of
+the same two passes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +49,8 @@ def map_groups(
         Row results, each ``[M, ...]``, and group results summed over blocks, each ``[E, ...]``.
     """
     num_rows, num_groups = rows[0].shape[0], group_sizes.shape[0]
-    first = -(-num_rows // num_groups)
+    mean = -(-num_rows // num_groups)
+    first = min(num_rows, mean + math.ceil(2 * math.sqrt(mean)))
     block = min(BLOCK, num_rows)
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
@@ -65,9 +69,7 @@ def map_groups(
 
     # Second pass: the rows of a group that the first has not covered, a block at a time.
     def rest_of(e, carry):
-        w = tuple(jax.lax.dynamic_index_in_dim(a, e, 0, keepdims=False) for a in weights)
-
-        def turn(carry):
+        def turn(w, carry):
             begin, results, sums = carry
             at = jnp.minimum(begin, num_rows - block)  # the last block may not overrun the array
             row = at + jnp.arange(block)
@@ -85,9 +87,12 @@ def map_groups(
 
         def rest(carry):
             results, sums = carry
-            own = tuple(jax.lax.dynamic_index_in_dim(a, e, 0, keepdims=False) for a in sums)
+            w, own = (
+                tuple(jax.lax.dynamic_index_in_dim(a, e, 0, keepdims=False) for a in arrays)
+                for arrays in (weights, sums)
+            )
             _, results, own = jax.lax.while_loop(
-                lambda c: c[0] < ends[e], turn, (starts[e] + first, results, own)
+                lambda c: c[0] < ends[e], partial(turn, w), (starts[e] + first, results, own)
             )
             return results, tuple(
                 jax.lax.dynamic_update_index_in_dim(a, b, e, 0)
@@ -96,7 +101,12 @@ def map_groups(
 
         return jax.lax.cond(group_sizes[e] > first, rest, lambda carry: carry, carry)
 
-    return jax.lax.fori_loop(0, num_groups, rest_of, (results, sums))
+    return jax.lax.cond(
+        jnp.any(group_sizes > first),
+        lambda carry: jax.lax.fori_loop(0, num_groups, rest_of, carry),
+        lambda carry: carry,
+        (results, sums),
+    )
 
 
 def product(x, w, group_sizes):
