@@ -22,8 +22,9 @@ from .linear import normal
 from .mlp import SwiGLU
 from .ops.grouped_matmul import grouped_swiglu
 
-# Up to this many (token, expert) pairs, each pair's weights are sliced out and applied one by one:
-# a few matrix-vector products, where sorting and grouping would read every expert. Unrolled.
+# Up to this many (token, expert) pairs, if they are no more than half of the experts, each pair's
+# weights are sliced out and applied one by one: a few matrix-vector products, where sorting and
+# grouping would read every expert. Unrolled.
 FEW_PAIRS = 16
 
 
@@ -276,7 +277,7 @@ def _mix(x, ids, weights, experts, gate, up, down, *, implementation):
     local = ids.reshape(x.shape[0], -1) - experts[0]
     here = (local >= 0) & (local < experts.size)
     weights = jnp.where(here, weights.reshape(local.shape), 0.0)
-    if pairs <= min(FEW_PAIRS, 2 * experts.size) and implementation is None:
+    if pairs <= min(FEW_PAIRS, experts.size // 2) and implementation is None:
         y = _one_by_one(x, jnp.where(here, local, 0), weights, gate, up, down)
     else:
         local = jnp.where(here, local, experts.size)

@@ -196,7 +196,7 @@ class TestAgainstDense:
         error = np.linalg.norm(y.astype(jnp.float32) - expected) / np.linalg.norm(expected)
         assert error < 8e-3, error
 
-    @pytest.mark.parametrize("tokens", [1, 3])
+    @pytest.mark.parametrize("tokens", [1, 2])
     def test_few_tokens_take_another_path_to_the_same_result(self, tokens):
         graphdef, params = split(build())
         x, cotangent = inputs(tokens, 1), inputs(tokens, 1, seed=7)
@@ -227,16 +227,16 @@ class TestLoad:
         np.testing.assert_array_equal(load, np.bincount(np.ravel(ids), minlength=E))
         assert load.sum() == B * T * K
 
-    @pytest.mark.parametrize("length", [T, 4], ids=["many", "few"])
-    def test_padding_is_not_counted_and_changes_nothing(self, length):
-        graphdef, params = split(build())
+    @pytest.mark.parametrize("length, experts", [(T, E), (4, 4 * E)], ids=["many", "few"])
+    def test_padding_is_not_counted_and_changes_nothing(self, length, experts):
+        graphdef, params = split(build(num_experts=experts))
         x = inputs(length=length)
         valid = jnp.arange(length)[None] < jnp.asarray([[length - 3], [length // 2]])
         y, load = apply(graphdef, params, x, valid)
         padding = jnp.where(valid[..., None], x, 1e4)
         changed, same_load = apply(graphdef, params, padding, valid)
         ids, _ = route(graphdef, params, x)
-        np.testing.assert_array_equal(load, np.bincount(np.ravel(ids[valid]), minlength=E))
+        np.testing.assert_array_equal(load, np.bincount(np.ravel(ids[valid]), minlength=experts))
         np.testing.assert_array_equal(load, same_load)
         np.testing.assert_allclose(y[valid], dense(params, x)[valid], atol=1e-5)
         np.testing.assert_allclose(y[valid], changed[valid], atol=1e-5)
