@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import pathlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -78,9 +76,8 @@ def num_bytes(size: str | int) -> int:
     Raises:
         InputError: it is none.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", str(size).upper())
-    unit = found and (found[2] if found[2] in _UNITS else found[2] + "B")
-    number = int(float(found[1]) * _UNITS.get(unit.replace("BB", ""), 1)) if found else 0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B|)", str(size).upper())
+    number = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if number < 1:
         raise InputError(f"shard_size={size!r} is no size; write it like '5GB'")
     return number
@@ -140,13 +137,8 @@ def _write_workdir(
         documents["origin"] = model.origin.to_json()
     files = {}
     if model.tokenizer is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            model.tokenizer.save(folder)
-            files = {
-                f"tokenizer/{path.relative_to(folder)}": path.read_bytes()
-                for path in pathlib.Path(folder).rglob("*")
-                if path.is_file()
-            }
+        saved = model.tokenizer.saved_files()
+        files = {f"tokenizer/{name}": content for name, content in saved.items()}
     with CheckpointStore(directory / "checkpoints") as store:
         store.save(0, {"params": params}, documents, files=files)
     if progress is not None:
