@@ -150,16 +150,29 @@ class Stack(nnx.Module):
             The activations, the new cache (None without one), and the blocks' statistics at the
             paths of the parameters that they are about.
         """
+        return self.each(lambda block, x, cache: block(x, cache, **context), x, cache)
+
+    def each(
+        self,
+        call: Callable[[nnx.Module, Any, Any], tuple[Any, Any, dict]],
+        x: Any,
+        cache: dict[str, list] | None = None,
+    ) -> tuple[Any, dict[str, list] | None, dict]:
+        """``call(block, x, cache) -> (x, cache, stats)`` of every block, in order.
+
+        What decoders do to a stack that is more than running it: ``x`` is any pytree, the same at
+        every block, and ``cache`` one that :meth:`init_cache` makes. Returns as :meth:`__call__`.
+        """
         policy = REMAT_POLICIES[self.remat]
 
         def run(graphdef, state, x, cache, scanned=False):
-            def call(state, x, cache):
-                return nnx.merge(graphdef, state)(x, cache, **context)
+            def one(state, x, cache):
+                return call(nnx.merge(graphdef, state), x, cache)
 
             if self.remat != "none":
                 # Inside a scan XLA cannot undo the rematerialisation by sharing expressions.
-                call = jax.checkpoint(call, policy=policy, prevent_cse=not scanned)
-            return call(state, x, cache)
+                one = jax.checkpoint(one, policy=policy, prevent_cse=not scanned)
+            return one(state, x, cache)
 
         def run_each(blocks, x, caches):
             new, stats = [], {}
