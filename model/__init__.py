@@ -5,10 +5,11 @@ from .gpt_neox import GPTNeoX, GPTNeoXConfig
 from .handle import Model
 from .int8 import dequantize_weights, quantize_weights
 from .kimi_linear import KimiLinear, KimiLinearConfig
+from .llada import LLaDA, LLaDAConfig
 from .load import load
 from .lora import LoRAConfig, merge_lora
 from .peft import load_lora, save_lora
-from .registry import FAMILIES, build_model, config_from_dict, config_to_dict
+from .registry import FAMILIES, build_model, config_from_dict, config_to_dict, decoding_of
 from .retrofit import DecodingHeadsConfig, add_decoding_heads, add_retrofits, attach
 from .save import save
 
@@ -21,6 +22,8 @@ __all__ = [
     "Gemma2Config",
     "KimiLinear",
     "KimiLinearConfig",
+    "LLaDA",
+    "LLaDAConfig",
     "LoRAConfig",
     "Model",
     "add_decoding_heads",
@@ -29,6 +32,7 @@ __all__ = [
     "build_model",
     "config_from_dict",
     "config_to_dict",
+    "decoding_of",
     "dequantize_weights",
     "load",
     "load_lora",

@@ -26,6 +26,8 @@ from ..sharding import constrain
 class DecoderConfig(Protocol):
     """What :class:`Decoder` and its users read of a family's configuration.
 
+    One whose models are not decoded token by token says so: see :func:`.registry.decoding_of`.
+
     Attributes:
         vocab_size: rows of the embedding and of the output head.
         hidden_size: model width D.
@@ -78,7 +80,7 @@ class DecoderCache:
 
 
 class Decoder(nnx.Module):
-    """A causal language model.
+    """A language model.
 
     Args:
         config: of its family.
@@ -133,6 +135,7 @@ class Decoder(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        **context: Any,
     ) -> tuple[Float[Array, "B T D"], DecoderCache | None, dict]:
         """The final normalised activations, before the output head.
 
@@ -143,6 +146,7 @@ class Decoder(nnx.Module):
                 a row is one document, its tokens first and padding after them.
             positions: of rotary embeddings, where the family has them; if None, how many tokens of
                 its own document stand before each token.
+            **context: given to every block, by families whose blocks take more.
 
         Returns:
             Activations in the compute dtype, the cache, and what blocks report for learning without
@@ -152,7 +156,7 @@ class Decoder(nnx.Module):
         length = None if cache is None else cache.length
         layers = None if cache is None else cache.layers
         x, layers, stats = self.stack(
-            x, layers, length=length, segment_ids=segment_ids, positions=positions
+            x, layers, length=length, segment_ids=segment_ids, positions=positions, **context
         )
         if cache is not None:
             new = tokens.shape[1] if segment_ids is None else is_token(segment_ids).sum(axis=1)

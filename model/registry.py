@@ -10,11 +10,12 @@ import jax
 from flax import nnx
 
 from ..errors import InputError
-from . import gemma2_weights, gpt_neox_weights, kimi_linear_weights
+from . import gemma2_weights, gpt_neox_weights, kimi_linear_weights, llada_weights
 from .exchange import Published
 from .gemma2 import Gemma2, Gemma2Config
 from .gpt_neox import GPTNeoX, GPTNeoXConfig
 from .kimi_linear import KimiLinear, KimiLinearConfig
+from .llada import LLaDA, LLaDAConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(Gemma2Config, Gemma2, gemma2_weights.PUBLISHED),
     "gpt_neox": Family(GPTNeoXConfig, GPTNeoX, gpt_neox_weights.PUBLISHED),
     "kimi_linear": Family(KimiLinearConfig, KimiLinear, kimi_linear_weights.PUBLISHED),
+    "llada": Family(LLaDAConfig, LLaDA, llada_weights.PUBLISHED),
 }
 
 
@@ -49,6 +51,16 @@ def family_of(config: Any) -> str:
         f"model={type(config).__name__} is no registered configuration; "
         f"use one of {sorted(family.config.__name__ for family in FAMILIES.values())}"
     )
+
+
+def decoding_of(config: Any) -> str:
+    """How a configuration's models make text: its ``decoding``, ``"next_token"`` if it has none.
+
+    ``"next_token"``: logits at a position are of the token after it. ``"masked_diffusion"``: masks
+    (``config.mask_token_id``) are filled in, in any order; logits at a position are of its own
+    token, or with ``config.logit_shift`` of the next.
+    """
+    return getattr(config, "decoding", "next_token")
 
 
 def build_model(config: Any, key: jax.Array) -> nnx.Module:

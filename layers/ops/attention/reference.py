@@ -8,19 +8,7 @@ import jax.numpy as jnp
 from .mask import visible
 
 
-def attention(
-    q,
-    k,
-    v,
-    query_positions,
-    key_positions,
-    query_segments,
-    key_segments,
-    *,
-    scale,
-    softcap,
-    window,
-):
+def attention(q, k, v, queries, keys, *, scale, softcap, window, block):
     """See :func:`..attention`."""
     groups = q.shape[2] // k.shape[2]
     k = jnp.repeat(k.astype(jnp.float32), groups, axis=2)
@@ -28,6 +16,6 @@ def attention(
     scores = scale * jnp.einsum("btnk,bsnk->bnts", q.astype(jnp.float32), k)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    mask = visible(query_positions, key_positions, query_segments, key_segments, window)
+    mask = visible(queries, keys, window=window, block=block)
     scores = jnp.where(mask[:, None], scores, -1e30)
     return jnp.einsum("bnts,bsnv->btnv", jax.nn.softmax(scores, axis=-1), v32).astype(v.dtype)

@@ -11,31 +11,19 @@ _QUERY_BLOCK = 512
 _HIDDEN = -1e30  # Finite: a row without a visible key must not become NaN.
 
 
-def attention(
-    q,
-    k,
-    v,
-    query_positions,
-    key_positions,
-    query_segments,
-    key_segments,
-    *,
-    scale,
-    softcap,
-    window,
-):
+def attention(q, k, v, queries, keys, *, scale, softcap, window, block):
     """See :func:`..attention`."""
     batch, length, heads, width = q.shape
     # Heads stand before tokens in every product: then no score is moved, forward or backward.
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
-    def block(q, positions, segments):
+    def some(q, queries):
         # Queries of the heads that share keys are rows of one matrix.
         rows = jnp.swapaxes(q * scale, 1, 2).reshape(batch, k.shape[1], -1, width)
         scores = jnp.einsum("bgrk,bgsk->bgrs", rows, k, preferred_element_type=jnp.float32)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        mask = visible(positions, key_positions, segments, key_segments, window)
+        mask = visible(queries, keys, window=window, block=block)
         scores = scores.reshape(batch, heads, *mask.shape[1:])
         scores = jnp.where(mask[:, None], scores, _HIDDEN)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -43,21 +31,18 @@ def attention(
         return jnp.swapaxes(out.reshape(batch, heads, q.shape[1], -1), 1, 2)
 
     if length <= _QUERY_BLOCK:
-        out = block(q, query_positions, query_segments)
+        out = some(q, queries)
     else:
         pad = -length % _QUERY_BLOCK
 
         def blocked(x):
-            if x is None:
-                return None
             x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
             x = x.reshape(batch, -1, _QUERY_BLOCK, *x.shape[2:])
             return jnp.moveaxis(x, 1, 0)
 
         # Scores are recomputed in the backward pass instead of kept for every block.
         out = jax.lax.map(
-            jax.checkpoint(lambda args: block(*args)),
-            (blocked(q), blocked(query_positions), blocked(query_segments)),
+            jax.checkpoint(lambda args: some(*args)), jax.tree.map(blocked, (q, queries))
         )
         out = jnp.moveaxis(out, 0, 1).reshape(batch, length + pad, *out.shape[3:])[:, :length]
     return out.reshape(batch, length, heads, v.shape[-1])
