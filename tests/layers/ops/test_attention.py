@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxalope import InputError
-from jaxalope.layers.ops.attention import attention
+from jaxalope.layers.ops.attention import Marks, attention
+from jaxalope.layers.ops.attention.mask import visible
 
 
 def inputs(batch=2, queries=9, keys=9, heads=4, groups=2, width=8, values=6, dtype=jnp.float32):
@@ -86,6 +87,64 @@ def test_window_and_softcap_equal_their_formula(implementation):
         np.testing.assert_allclose(out[0, i, 0], weights @ v[seen] / weights.sum(), atol=1e-5)
 
 
+def by_rule(q, k, v, sees, scale=0.7):
+    """One head, one query at a time, in numpy: query ``i`` reads the keys ``sees(i)``."""
+    q, k, v = (np.asarray(x)[0, :, 0] for x in (q, k, v))
+    out = np.zeros((len(q), v.shape[1]))
+    for i in range(len(q)):
+        weights = np.exp(scale * k[sees(i)] @ q[i])
+        out[i] = weights @ v[sees(i)] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("block", [None, 2, 4, 9])
+def test_blocks_equal_their_formula(implementation, block):
+    (q, k, v), where = inputs(batch=1, heads=1, groups=1)
+    out = attention(q, k, v, **where, scale=0.7, block=block, implementation=implementation)
+    end = 9 if block is None else block
+    expected = by_rule(q, k, v, lambda i: slice(0, (i // end + 1) * end))
+    np.testing.assert_allclose(out[0, :, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [None, 1, 4])
+@pytest.mark.parametrize("shape", [{}, {"queries": 3, "keys": 13}, {"queries": 530, "keys": 530}])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_blocks_and_views_equal_reference(shape, block, noisy):
+    """Packed, with grouped heads, across blocks of queries."""
+    (q, k, v), where = inputs(**shape)
+    keys, queries = k.shape[1], q.shape[1]
+    segments = jnp.broadcast_to(jnp.arange(keys) // 5, k.shape[:2])
+    settings = {**where, "query_segments": segments[:, -queries:], "key_segments": segments}
+    if noisy:
+        view = jnp.broadcast_to(jnp.arange(keys) % 5 < 3, k.shape[:2])
+        settings |= {"query_noisy": view[:, -queries:], "key_noisy": view}
+
+    def loss(implementation):
+        def run(*arrays):
+            out = attention(*arrays, **settings, block=block, implementation=implementation)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (_, found), grads = loss("xla")
+    (_, expected), expected_grads = loss("reference")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for a, b in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_two_views_are_masked_as_published(fixtures):
+    """The mask of block diffusion over 8 noisy and 8 clean tokens, in blocks of 4."""
+    expected = np.load(fixtures / "llada_tiny/loss.npz")["block_mask_n8_b4"]
+    places = jnp.tile(jnp.arange(8), 2)[None]
+    marks = Marks(places, None, (jnp.arange(16) < 8)[None])
+    np.testing.assert_array_equal(visible(marks, marks, window=None, block=4)[0], expected)
+    # In one block the noisy view sees itself alone.
+    whole = visible(marks, marks, window=None, block=None)[0]
+    np.testing.assert_array_equal(whole, np.kron(np.eye(2), np.ones((8, 8))).astype(bool))
+
+
 def test_segments_do_not_see_each_other():
     arrays, where = inputs(batch=1)
     segments = jnp.array([[0, 0, 0, 1, 1, 1, 1, -1, -1]])
@@ -123,3 +182,11 @@ def test_bad_calls_are_named():
         attention(*arrays, **where, window=0)
     with pytest.raises(InputError, match=r"softcap=-1\.0 must be positive"):
         attention(*arrays, **where, softcap=-1.0)
+    for block in (0, -4):
+        with pytest.raises(InputError, match=f"block={block} must be positive"):
+            attention(*arrays, **where, block=block)
+    for block in (None, 4):
+        with pytest.raises(InputError, match=rf"window=3 is of causal attention .*block={block}"):
+            attention(*arrays, **where, block=block, window=3)
+    with pytest.raises(InputError, match="query_noisy and key_noisy both"):
+        attention(*arrays, **where, key_noisy=where["key_positions"] > 3)
