@@ -159,7 +159,7 @@ class Attention(nnx.Module):
             if two_views:
                 noisy = jnp.broadcast_to(jnp.arange(x.shape[1]) < x.shape[1] // 2, x.shape[:2])
             own = Marks(_twice(places, views), segments, noisy)
-            return self.o_proj(self._attend(q, k, v, own, own)), None
+            return self.o_proj(self.attend(q, k, v, own, own)), None
         count = jnp.full_like(length, x.shape[1])
         if segment_ids is not None:
             count = is_token(segment_ids).sum(axis=1, dtype=length.dtype)
@@ -181,7 +181,7 @@ class Attention(nnx.Module):
         segments = seen = None
         if self.block != 1 or slots is not None:
             segments, seen = jnp.zeros_like(places), jnp.where(keys < end[:, None], 0, -1)
-        o = self._attend(q, cache.k, cache.v, Marks(places, segments), Marks(keys, seen))
+        o = self.attend(q, cache.k, cache.v, Marks(places, segments), Marks(keys, seen))
         return self.o_proj(o), cache
 
     def heads(
@@ -201,15 +201,23 @@ class Attention(nnx.Module):
         new = _write(cache, k, v, places % slots, written)
         if q.shape[1] == 1:
             # What the token overwrites is just outside its window.
-            return self._attend(q, new.k, new.v, Marks(places), Marks(_held(slots, end))), new
+            return self.attend(q, new.k, new.v, Marks(places), Marks(_held(slots, end))), new
         k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
         keys = jnp.concatenate([cache.k.astype(k.dtype), k], axis=1)
         values = jnp.concatenate([cache.v.astype(v.dtype), v], axis=1)
         own = jnp.where(places < end, places, _NOWHERE)
         seen = jnp.concatenate([_held(slots, length[:, None]), own], axis=1)
-        return self._attend(q, keys, values, Marks(places), Marks(seen)), new
+        return self.attend(q, keys, values, Marks(places), Marks(seen)), new
 
-    def _attend(self, q, k, v, queries, keys):
+    def attend(
+        self,
+        q: Float[Array, "B T N K"],
+        k: Float[Array, "B S G K"],
+        v: Float[Array, "B S G K"],
+        queries: Marks,
+        keys: Marks,
+    ) -> Float[Array, "B T N K"]:
+        """The operator on what :meth:`heads` gives; ``o_proj`` is still to come."""
         own, kv = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
         marks, treedef = jax.tree.flatten((queries, keys))
 
