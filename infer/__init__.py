@@ -4,6 +4,18 @@ from .beam import BeamResult, beam_search
 from .chat import chat
 from .choose import Vote, best_of_n, self_consistency
 from .constraints import BadWords, GrammarMask, LogitBias, MinNewTokens
+from .denoise import (
+    Denoised,
+    Dynamic,
+    EntropyBounded,
+    Factor,
+    Independent,
+    Threshold,
+    TopCount,
+    TopQuota,
+    denoise,
+    dream,
+)
 from .drafts import Draft, DraftModel, PromptLookup
 from .driver import Generation
 from .generate import Piece, generate, stream
@@ -22,11 +34,16 @@ __all__ = [
     "BeamResult",
     "Chain",
     "DecodeState",
+    "Denoised",
     "Draft",
     "DraftModel",
+    "Dynamic",
+    "EntropyBounded",
+    "Factor",
     "Generation",
     "GrammarMask",
     "Greedy",
+    "Independent",
     "LogitBias",
     "MinNewTokens",
     "MinP",
@@ -42,13 +59,18 @@ __all__ = [
     "SoftTopP",
     "Speculative",
     "Temperature",
+    "Threshold",
+    "TopCount",
     "TopK",
     "TopP",
+    "TopQuota",
     "Typical",
     "Vote",
     "beam_search",
     "best_of_n",
     "chat",
+    "denoise",
+    "dream",
     "generate",
     "parse_policy",
     "power_sample",

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..model.handle import Model
+from ..model.registry import decoding_of
 from .defaults import stop_ids
 from .policy import Policy, Temperature, stack_rows
 
@@ -74,6 +75,7 @@ def make_batch(
     *,
     max_length: int | None = None,
     headroom: int = 0,
+    decoding: str = "next_token",
 ) -> Batch:
     """Check what users gave and lay it out.
 
@@ -87,10 +89,16 @@ def make_batch(
             the tokenizer's end-of-sequence.
         max_length: of prompt and response together; None is no bound.
         headroom: positions of the canvas beyond the longest limit.
+        decoding: how the caller decodes; see :func:`~..model.registry.decoding_of`.
 
     Raises:
-        InputError: names the field that does not fit.
+        InputError: names the field that does not fit, or the function that fits the model.
     """
+    if decoding_of(model.config) != decoding:
+        raise InputError(
+            f"model={type(model.config).__name__} fills masks in, in any order, and does not "
+            "continue a text token by token; call jaxalope.denoise"
+        )
     rows = [model.check_tokens(row) for row in token_rows(model, prompts)]
     count = len(rows)
     new = _each("max_new_tokens", max_new_tokens, count)

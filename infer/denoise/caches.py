@@ -1,0 +1,183 @@
+"""What a denoising step computes anew, and what it remembers of the calls before.
+
+A kind of cache is a small frozen dataclass, static in a compiled step. Its :meth:`~NoCache.read` is
+one call of the model for every row: normalised activations at the asked places, and the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ...sharding import constrain
+from .canvas import at, places_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What a step asks of the model.
+
+    Attributes:
+        tokens: the canvas ``[B, T]``, as the model is to see it.
+        exists: ``[B, T]``, positions that belong to the row.
+        places: ``[B, W]``, where the answer is wanted.
+        valid: ``[B, W]``, which of these exist.
+        later: ``[B, T]``, positions filled in now or in a later block.
+        block: the block that all running rows are in, where they go together.
+        fresh: whether it begins.
+    """
+
+    tokens: Any
+    exists: Any
+    places: Any
+    valid: Any
+    later: Any
+    block: Any
+    fresh: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class NoCache:
+    """Every call reads the whole canvas; each row is in a block of its own.
+
+    Class attributes:
+        name: by which it is asked for.
+        together: rows enter a block together: those that are through wait for the others.
+        stores: a finished block is read once more, so that its tokens are remembered.
+    """
+
+    name: ClassVar[str] = "none"
+    together: ClassVar[bool] = False
+    stores: ClassVar[bool] = False
+
+    def begin(
+        self, model: nnx.Module, tokens: Int[Array, "B T"], prompt: Bool[Array, "B T"]
+    ) -> Any:
+        """The cache before the first step.
+
+        Args:
+            model: the merged module.
+            tokens: the canvas.
+            prompt: positions in blocks before the first that has a mask.
+        """
+        del model, tokens, prompt
+        return ()
+
+    def read(
+        self, model: nnx.Module, ask: Ask, cache: Any, block_length: int, blocks: int
+    ) -> tuple[Float[Array, "B W D"], Any]:
+        """Activations at ``ask.places``, and the cache.
+
+        Args:
+            model: the merged module.
+            ask: what is wanted.
+            cache: as :meth:`begin` or the last call gave it.
+            block_length: masks of a block.
+            blocks: that a row may have, at most.
+        """
+        del block_length, blocks
+        hidden, _, _ = model.hidden_states(ask.tokens, segment_ids=ask.exists.astype(jnp.int32))
+        return _pick(hidden, ask.places), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class DualCache(NoCache):
+    """One call of a block reads the whole canvas; the others the block's own positions.
+
+    Everything else is remembered from that call. Source: Fast-dLLM (arXiv 2505.22618), DualCache.
+    """
+
+    name: ClassVar[str] = "dual"
+    together: ClassVar[bool] = True
+
+    def begin(self, model, tokens, prompt):
+        """Room for the canvas."""
+        return model.init_cache(*tokens.shape)
+
+    def read(self, model, ask, cache, block_length, blocks):
+        """The whole canvas where a block begins, part of it elsewhere."""
+
+        def whole(cache):
+            empty = dataclasses.replace(cache, length=jnp.zeros_like(cache.length))
+            exists = ask.exists.astype(jnp.int32)
+            hidden, cache, _ = model.hidden_states(ask.tokens, empty, segment_ids=exists)
+            return _pick(hidden, ask.places), cache
+
+        def part(cache):
+            return self._part(model, ask, cache, block_length, blocks)
+
+        return jax.lax.cond(ask.fresh, whole, part, cache)
+
+    def _part(self, model, ask, cache, block_length, blocks):
+        return _at_places(model, ask.tokens, ask.places, ask.valid, cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixCache(DualCache):
+    """Between whole canvases, everything from the block on is computed anew.
+
+    What is before it is remembered. Source: Fast-dLLM (arXiv 2505.22618), PrefixCache.
+    """
+
+    name: ClassVar[str] = "prefix"
+
+    def _part(self, model, ask, cache, block_length, blocks):
+        # Few widths are compiled: each half as many blocks as the one before.
+        widths, left = [], blocks
+        while left:
+            widths.append(left)
+            left = left // 2
+
+        def suffix(width):
+            def run(cache):
+                places, valid = places_of(ask.later, width * block_length)
+                hidden, cache = _at_places(model, ask.tokens, places, valid, cache)
+                # Blocks go from left to right: the present one stands first.
+                return constrain(hidden, "batch", None, "embed")[:, : ask.places.shape[1]], cache
+
+            return run
+
+        needed = blocks - ask.block
+        index = sum((needed <= width).astype(jnp.int32) for width in widths) - 1
+        return jax.lax.switch(index, [suffix(width) for width in widths], cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCache(NoCache):
+    """Of a block-causal model: earlier blocks are remembered as they are, and only the block read.
+
+    Exact: a finished block is read once more, without masks, before the next.
+    """
+
+    name: ClassVar[str] = "block"
+    stores: ClassVar[bool] = True
+
+    def begin(self, model, tokens, prompt):
+        """The prompt's whole blocks, read."""
+        cache = model.init_cache(*tokens.shape)
+        return model.hidden_states(tokens, cache, segment_ids=prompt.astype(jnp.int32))[1]
+
+    def read(self, model, ask, cache, block_length, blocks):
+        """The block's own positions."""
+        return _at_places(model, ask.tokens, ask.places, ask.valid, cache)
+
+
+KINDS = {kind.name: kind for kind in (NoCache, PrefixCache, DualCache, BlockCache)}
+
+
+def _pick(hidden: Float[Array, "B T D"], places: Int[Array, "B W"]) -> Float[Array, "B W D"]:
+    return constrain(at(constrain(hidden, "batch", None, "embed"), places), "batch", "seq", "embed")
+
+
+def _at_places(model, tokens, places, valid, cache):
+    """Read the tokens at some places, whose keys and values are written over."""
+    hidden, cache, _ = model.hidden_states(
+        at(tokens, places), cache, positions=places, segment_ids=valid.astype(jnp.int32)
+    )
+    return constrain(hidden, "batch", "seq", "embed"), cache

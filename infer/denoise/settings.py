@@ -1,0 +1,179 @@
+"""What a caller of ``denoise`` asks for, checked against the model before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...errors import InputError
+from ...model.handle import Model
+from ...model.registry import decoding_of
+from ..defaults import stop_ids
+from ..request import Prompts, token_rows
+from ..rows import NO_TOKEN
+from .caches import KINDS, NoCache
+from .rules import Rule, TopQuota, stack_rules
+
+
+def mask_of(model: Model) -> int:
+    """The id of a masked diffusion model's mask.
+
+    Raises:
+        InputError: the model decodes token by token, or has no mask.
+    """
+    kind = decoding_of(model.config)
+    name = type(model.config).__name__
+    if kind != "masked_diffusion":
+        raise InputError(
+            f"model={name} decodes {kind.replace('_', ' ')}s and fills no masks in; call "
+            "jaxalope.generate, or load a masked diffusion model such as LLaDA"
+        )
+    mask = getattr(model.config, "mask_token_id", None)
+    if mask is None or not 0 <= mask < model.config.vocab_size:
+        raise InputError(
+            f"model.mask_token_id={mask} is not in the vocabulary of {model.config.vocab_size}; "
+            "name the id that stands for a hidden token"
+        )
+    return mask
+
+
+def prompt_rows(model: Model, prompts: Prompts) -> list[np.ndarray]:
+    """Every prompt as token ids; unlike for next-token decoding, a prompt may be empty."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not len(prompts):
+        raise InputError("prompts is empty; give at least one (it may be an empty text)")
+    rows = []
+    for prompt in prompts:
+        begins = model.add_bos and isinstance(prompt, str)
+        row = token_rows(model, [prompt])[0] if len(prompt) or begins else []
+        rows.append(model.check_tokens(np.asarray(row, np.int32)) if len(row) else np.zeros(0, int))
+    return rows
+
+
+def cache_of(name: str | NoCache, block_size: int | None, shift: bool) -> NoCache:
+    """The kind of cache.
+
+    Raises:
+        InputError: unknown, or one that this kind of model has no use for.
+    """
+    if isinstance(name, NoCache):
+        kind, name = name, name.name
+    elif name in KINDS:
+        kind = KINDS[name]()
+    else:
+        raise InputError(f"cache={name!r} is not one of {', '.join(KINDS)}")
+    if name == "block" and block_size is None:
+        raise InputError(
+            "cache='block' is for models that are causal by block (model.block_size); this one "
+            "sees the whole canvas, so use 'prefix' or 'dual'"
+        )
+    if name not in ("none", "block") and block_size is not None:
+        raise InputError(
+            f"cache={name!r} is for models that see the whole canvas; this one is causal by block "
+            f"(model.block_size={block_size}), so use cache='block', which is exact"
+        )
+    if shift and name != "none":
+        raise InputError(
+            f"cache={name!r} asks at the masks' own places, and this model (model.logit_shift) "
+            "answers one place before; use cache='none'"
+        )
+    return kind
+
+
+def rule_of(rule: Rule | Sequence[Rule] | None, steps: int | None, count: int) -> Rule:
+    """The rule with a row for each of ``count`` prompts.
+
+    Raises:
+        InputError: too many or too few, different kinds, or steps for a rule that has none.
+    """
+    rules = [TopQuota() if rule is None else rule] * count
+    if not (rule is None or isinstance(rule, Rule)):
+        rules = list(rule)
+    if len(rules) != count or not all(isinstance(r, Rule) for r in rules):
+        raise InputError(f"rule={rule!r} must be one rule, or one for each of {count} prompts")
+    if steps is not None and not rules[0].has_steps:
+        raise InputError(
+            f"steps={steps} is for rules with a schedule, and {type(rules[0]).__name__} has none; "
+            "leave it out"
+        )
+    return stack_rules(rules)
+
+
+def block_and_steps(
+    gen_length: int,
+    block_length: int | None,
+    steps: int | None,
+    block_size: int | None,
+    masks: Sequence[int],
+) -> tuple[int, int]:
+    """Masks of a block, and steps of a block.
+
+    Args:
+        gen_length: of the response.
+        block_length: as given.
+        steps: of the response, as given.
+        block_size: of the model, None where it has no blocks.
+        masks: that each row has, those of its prompt included.
+
+    Raises:
+        InputError: names the number that does not fit or divide.
+    """
+    most = max(masks)
+    if gen_length < 0 or (gen_length == 0 and min(masks) == 0):
+        raise InputError(
+            f"gen_length={gen_length} must be at least 1, or 0 where every prompt holds masks to "
+            "fill in"
+        )
+    if block_size is not None:
+        if block_length not in (None, block_size):
+            raise InputError(
+                f"block_length={block_length} differs from the model's own blocks "
+                f"(model.block_size={block_size}); leave it out"
+            )
+        per_block = steps
+        if per_block is not None and gen_length:
+            blocks = -(-gen_length // block_size)
+            per_block = _divided(steps, blocks, gen_length, block_size)
+        return block_size, block_size if per_block is None else per_block
+    if block_length is None:
+        block_length = gen_length or most
+    if block_length < 1 or (gen_length and gen_length % block_length):
+        raise InputError(
+            f"block_length={block_length} does not divide gen_length={gen_length}; give a divisor, "
+            "or leave it out for one block"
+        )
+    if steps is None:
+        return block_length, block_length
+    blocks = gen_length // block_length or -(-most // block_length)
+    return block_length, _divided(steps, blocks, gen_length, block_length)
+
+
+def _divided(steps: int, blocks: int, gen_length: int, block_length: int) -> int:
+    if steps < 1 or steps % blocks:
+        raise InputError(
+            f"steps={steps} does not divide among {blocks} blocks (gen_length={gen_length}, "
+            f"block_length={block_length}); give a multiple of {blocks}"
+        )
+    return steps // blocks
+
+
+def eos_of(model: Model) -> int | None:
+    """The token that ends a text."""
+    eos = getattr(model.config, "eos_token_id", None)
+    return eos if eos is not None else getattr(model.tokenizer, "eos_id", None)
+
+
+def default_stops(model: Model) -> tuple[int, ...]:
+    """The tokens that end a text where a caller names none."""
+    eos = eos_of(model)
+    return stop_ids(model) or (() if eos is None else (eos,))
+
+
+def id_rows(ids: Any, batch: int) -> np.ndarray:
+    """``[batch, S]`` of ids for all rows (``[S]``) or each; -1 becomes an id that no token has."""
+    ids = np.asarray(ids, np.int32)
+    ids = np.broadcast_to(ids, (batch, ids.shape[-1]))
+    return np.where(ids < 0, NO_TOKEN, ids)
