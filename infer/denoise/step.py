@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ...sharding import Params, constrain
 from ..loop import run
@@ -59,15 +59,19 @@ def ask_logits(
         logits, cache = one(ask.tokens, state.cache[0])
         return logits, (cache,)
     conditional, cache = one(ask.tokens, state.cache[0])
-    free, other = one(blanked(state, ask.tokens, layout.mask), state.cache[1])
+    free, other = one(blanked(state, layout.mask), state.cache[1])
     scale = numbers.guidance[:, None, None] + 1
     return free + scale * (conditional - free), (cache, other)
 
 
-def blanked(state: Canvas, tokens, mask: int):
-    """The canvas without its prompt: what guidance takes the logits away from."""
-    place = jnp.arange(tokens.shape[1])
-    return jnp.where(place < state.prompt_length[:, None], mask, tokens)
+def blanked(state: Canvas, mask: int) -> Int[Array, "B T"]:
+    """The canvas without its prompt: what guidance takes the logits away from.
+
+    What was filled in of the prompt's masks stays.
+    """
+    place = jnp.arange(state.tokens.shape[1])
+    given = (place < state.prompt_length[:, None]) & (state.records["step"] == 0)
+    return jnp.where(given, mask, constrain(state.tokens, "batch", None))
 
 
 def denoise_step(
@@ -95,7 +99,10 @@ def denoise_step(
             fresh=jnp.any(open_rows & (state.asked == 0)),
         )
         logits, cache = ask_logits(model, kind, layout, state, ask, numbers)
-        keys = jax.vmap(jax.random.fold_in)(state.key, state.calls)
+        # Of what is left, which every step that draws makes less: calls that only store, and so
+        # the kind of cache, change no draw.
+        left = jnp.sum((tokens == mask) & state.exists, axis=1)
+        keys = jax.vmap(jax.random.fold_in)(state.key, left)
         state = dataclasses.replace(
             state,
             cache=cache,
@@ -168,7 +175,7 @@ class Denoiser:
             read = state.exists & (state.block_of >= 0) & (state.block_of < state.block[:, None])
             caches = [self.kind.begin(model, tokens, read)]
             if layout.guided:
-                caches.append(self.kind.begin(model, blanked(state, tokens, layout.mask), read))
+                caches.append(self.kind.begin(model, blanked(state, layout.mask), read))
             return dataclasses.replace(state, cache=tuple(caches))
 
         return jax.jit(run_begin)
