@@ -14,7 +14,9 @@ from .denoise import (
     TopCount,
     TopQuota,
     denoise,
+    diffusion_log_likelihood,
     dream,
+    parse_rule,
 )
 from .drafts import Draft, DraftModel, PromptLookup
 from .driver import Generation
@@ -70,9 +72,11 @@ __all__ = [
     "best_of_n",
     "chat",
     "denoise",
+    "diffusion_log_likelihood",
     "dream",
     "generate",
     "parse_policy",
+    "parse_rule",
     "power_sample",
     "run",
     "self_consistency",

@@ -2,6 +2,8 @@
 
 from .api import Denoised, History, denoise
 from .caches import BlockCache, DualCache, NoCache, PrefixCache
+from .likelihood import Bound, diffusion_log_likelihood
+from .parse import parse_rule
 from .rules import (
     Dynamic,
     EntropyBounded,
@@ -13,10 +15,12 @@ from .rules import (
     TopCount,
     TopQuota,
     dream,
+    stack_rules,
 )
 
 __all__ = [
     "BlockCache",
+    "Bound",
     "Denoised",
     "DualCache",
     "Dynamic",
@@ -32,5 +36,8 @@ __all__ = [
     "TopCount",
     "TopQuota",
     "denoise",
+    "diffusion_log_likelihood",
     "dream",
+    "parse_rule",
+    "stack_rules",
 ]

@@ -23,6 +23,7 @@ from .rules import Rule
 from .settings import (
     block_and_steps,
     cache_of,
+    check_guidance,
     default_stops,
     eos_of,
     id_rows,
@@ -135,7 +136,7 @@ def denoise(
     masks = [int((row == mask).sum()) + max(gen_length, 0) for row in rows]
     block_length, block_steps = block_and_steps(gen_length, block_length, steps, block_size, masks)
     rule = rule_of(rule, steps, len(rows))
-    guidance = _guidance(cfg_scale, rows, mask)
+    guidance = check_guidance(cfg_scale, rows, mask)
     stops = default_stops(model) if stop_tokens is None else stop_tokens
     batch = make_batch(
         model,
@@ -186,20 +187,6 @@ def denoise(
             model.params, numbers, state, jnp.int32(layout.blocks * (2 * block_length + 2))
         )
     return _result(model, batch, state, mask)
-
-
-def _guidance(cfg_scale, rows: list[np.ndarray], mask: int) -> np.ndarray:
-    """``[count]``; what guidance blanks is the prompt, so there must be one."""
-    scale = np.broadcast_to(np.asarray(cfg_scale, np.float64), (len(rows),))
-    if not np.all(np.isfinite(scale)) or np.any(scale < 0):
-        raise InputError(f"cfg_scale={cfg_scale} must be 0 (no guidance) or a positive number")
-    for i, row in enumerate(rows):
-        if scale[i] and not np.any(row != mask):
-            raise InputError(
-                f"cfg_scale={scale[i]} needs a prompt to be guided by, and prompts[{i}] has none; "
-                "give one, or cfg_scale=0"
-            )
-    return scale
 
 
 def _measured(

@@ -83,6 +83,31 @@ def cache_of(name: str | NoCache, block_size: int | None, shift: bool) -> NoCach
     return kind
 
 
+def check_guidance(
+    cfg_scale: float | Sequence[float], rows: list[np.ndarray], mask: int
+) -> np.ndarray:
+    """The scale of each row's guidance; what it blanks is the prompt, so there must be one.
+
+    Raises:
+        InputError: a negative scale, too many or few, or a prompt without a token to blank.
+    """
+    scale = np.asarray(cfg_scale, np.float64)
+    if scale.ndim and scale.shape != (len(rows),):
+        raise InputError(
+            f"cfg_scale has {scale.size} entries for {len(rows)} prompts; give one each, or one"
+        )
+    scale = np.broadcast_to(scale, (len(rows),))
+    if not np.all(np.isfinite(scale)) or np.any(scale < 0):
+        raise InputError(f"cfg_scale={cfg_scale} must be 0 (no guidance) or a positive number")
+    for i, row in enumerate(rows):
+        if scale[i] and not np.any(row != mask):
+            raise InputError(
+                f"cfg_scale={scale[i]} needs a prompt to be guided by, and prompts[{i}] has none; "
+                "give one, or cfg_scale=0"
+            )
+    return scale
+
+
 def rule_of(rule: Rule | Sequence[Rule] | None, steps: int | None, count: int) -> Rule:
     """The rule with a row for each of ``count`` prompts.
 
