@@ -41,9 +41,10 @@ _DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 4, "Tokens drafted a step."
 _METHOD = flags.DEFINE_enum(
     "method",
     "sample",
-    ["sample", "power", "smc", "lookahead", "beam"],
+    ["sample", "power", "smc", "lookahead", "beam", "denoise"],
     "How: sample from the policy; from p ** alpha by Metropolis-Hastings chains ('power'), by "
-    "particles ('smc') or by look-ahead; or search with beams.",
+    "particles ('smc') or by look-ahead; search with beams; or, with a masked diffusion model, "
+    "fill masks in ('denoise').",
 )
 _ALPHA = flags.DEFINE_float("alpha", 4.0, "Exponent of 'power', 'smc' and 'lookahead'.")
 _BLOCK = flags.DEFINE_integer("block", None, "Tokens of a block of 'power'; 192 if not given.")
@@ -51,11 +52,44 @@ _MCMC_STEPS = flags.DEFINE_integer("mcmc_steps", 10, "Steps in every block of 'p
 _CUT = flags.DEFINE_string("cut", "padded", "Where 'power' cuts: padded, grid, live or entropy.")
 _PARTICLES = flags.DEFINE_integer("particles", 64, "Of 'smc'.")
 _BEAMS = flags.DEFINE_integer("beams", 4, "Of 'beam'.")
+_GEN_LENGTH = flags.DEFINE_integer("gen_length", 128, "Tokens that 'denoise' fills in.")
+_BLOCK_LENGTH = flags.DEFINE_integer(
+    "block_length", None, "Tokens of a block of 'denoise'; one block if not given."
+)
+_STEPS = flags.DEFINE_integer(
+    "steps", None, "Calls of the model for 'denoise'; one a token if not given."
+)
+_RULE = flags.DEFINE_string(
+    "rule",
+    "low_confidence",
+    "What a step of 'denoise' commits, such as 'threshold:0.9'; see docs/diffusion_sampling.md.",
+)
+_CACHE = flags.DEFINE_string("cache", "none", "Of 'denoise': none, prefix, dual or block.")
+_CFG_SCALE = flags.DEFINE_float("cfg_scale", 0.0, "Of 'denoise': guidance by the prompt.")
+_LOGITS_EOS_INF = flags.DEFINE_bool(
+    "logits_eos_inf", False, "'denoise' never draws the end-of-sequence token."
+)
+_CONFIDENCE_EOS_EOT_INF = flags.DEFINE_bool(
+    "confidence_eos_eot_inf", False, "'denoise' commits stop tokens last."
+)
 
 # Flags that say something to these methods only.
 _OF_SAMPLE = ("policy", "stop", "stream", "regex", "json_schema", "draft")
 _OF_METHOD = {"block": "power", "mcmc_steps": "power", "cut": "power"}
 _OF_METHOD |= {"particles": "smc", "beams": "beam"}
+_OF_METHOD |= dict.fromkeys(
+    (
+        "gen_length",
+        "block_length",
+        "steps",
+        "rule",
+        "cache",
+        "cfg_scale",
+        "logits_eos_inf",
+        "confidence_eos_eot_inf",
+    ),
+    "denoise",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -73,6 +107,8 @@ def main(argv: list[str]) -> None:
             _sample(model)
         elif _METHOD.value == "beam":
             _search(model)
+        elif _METHOD.value == "denoise":
+            _denoise(model)
         else:
             _power(model)
     except InputError as error:
@@ -84,7 +120,7 @@ def _check_flags() -> None:
     if _MODEL.value is None:
         raise InputError("--model is missing: the workdir of a training run")
     given = [name for name in _OF_SAMPLE if flags.FLAGS[name].present]
-    if _METHOD.value == "beam" and given == ["policy"]:
+    if _METHOD.value in ("beam", "denoise") and given == ["policy"]:
         given = []
     if _METHOD.value != "sample" and given:
         raise InputError(f"--{given[0]} is for --method=sample, not {_METHOD.value}; leave it out")
@@ -93,6 +129,8 @@ def _check_flags() -> None:
             raise InputError(
                 f"--{name} is for --method={method}, not {_METHOD.value}; leave it out"
             )
+    if _METHOD.value == "denoise" and _MAX_NEW_TOKENS.value is not None:
+        raise InputError("--max_new_tokens is not for --method=denoise; give --gen_length")
     if _SYSTEM.value is not None and not _CHAT.value:
         raise InputError("--system is for --chat; give that too")
     if _STREAM.value and len(_PROMPT.value) * _NUM_SAMPLES.value > 1:
@@ -203,6 +241,33 @@ def _search(model) -> None:
         for text in texts:
             print(text if _CHAT.value else prompt + text)
         print(f"scores: {scores}", file=sys.stderr)
+
+
+def _denoise(model) -> None:
+    from .defaults import stop_ids
+    from .denoise import denoise, parse_rule
+    from .parse import parse_policy
+
+    policy = None
+    if _POLICY.value is not None:
+        policy = parse_policy(_POLICY.value, stop_ids(model))
+    filled = denoise(
+        model,
+        _prompts(model),
+        gen_length=_GEN_LENGTH.value,
+        block_length=_BLOCK_LENGTH.value,
+        steps=_STEPS.value,
+        rule=parse_rule(_RULE.value),
+        policy=policy,
+        cfg_scale=_CFG_SCALE.value,
+        cache=_CACHE.value,
+        seed=_SEED.value,
+        n=_NUM_SAMPLES.value,
+        logits_eos_inf=_LOGITS_EOS_INF.value,
+        confidence_eos_eot_inf=_CONFIDENCE_EOS_EOT_INF.value,
+    )
+    _print(filled.text)
+    print(f"calls of the model: {filled.nfe}", file=sys.stderr)
 
 
 def _print(text: list[str]) -> None:
