@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from ..data.config import DataConfig
 from ..errors import InputError
-from ..model.registry import config_from_dict, config_to_dict
+from ..model.registry import config_from_dict, config_to_dict, decoding_of
 from ..model.retrofit import AnyRetrofit, DecodingHeadsConfig
 from ..sharding import AxisRules, MeshConfig
 from . import fields
@@ -108,7 +108,156 @@ class AutoDeco:
         _require(self.max_logits > 0, "objective.max_logits", self.max_logits, "must be positive")
 
 
-Objective = NextToken | AutoDeco
+def _check_noise(objective: MaskedDiffusion | BlockDiffusion) -> None:
+    _require(
+        objective.schedule in ("linear", "poly2", "cosine"),
+        "objective.schedule",
+        objective.schedule,
+        "use linear, poly2 or cosine",
+    )
+    _require(
+        0 <= objective.eps < 1,
+        "objective.eps",
+        objective.eps,
+        "must be in [0, 1); 1e-3 is published",
+    )
+    low, high = objective.band
+    _require(
+        0 <= low < high <= 1,
+        "objective.band",
+        objective.band,
+        "give the lowest and the highest noise level, such as 0,1 (all) or 0.3,0.8",
+    )
+    _require(
+        objective.max_logits > 0, "objective.max_logits", objective.max_logits, "must be positive"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedDiffusion:
+    """Masked tokens from all others (LLaDA, arXiv 2502.09992); the defaults are its pre-training.
+
+    A row gets a noise level ``t``, each of its tokens is masked with probability ``p(t)``, and the
+    model names what was there. ``train/noise.py`` has the equations. Tokens whose ``loss_weights``
+    are 0, a prompt, are never masked.
+
+    Attributes:
+        weighting: of a masked token: ``"bound"``, so that the loss is a bound on the negative
+            log-likelihood (``1 / p`` on the linear schedule); ``"uniform"``, 1; ``"cart"``, more
+            where visible tokens are near (Dream, arXiv 2508.15487).
+        normalization: ``"token"``, a mean over all tokens that could have been masked; or
+            ``"sequence"``, such a mean in every document and then over documents (fine-tuning).
+        schedule: ``p(t)``: ``"linear"`` t, ``"poly2"`` t², ``"cosine"`` cos(π/2 (1 - t)).
+        exact_ratio: mask one token at least, and take the share that was masked for ``p``.
+        stratified: one ``t`` of a batch in each of as many equal intervals, instead of anywhere.
+        complementary: read every row a second time with all other tokens masked.
+        eps: the least mask probability, ``p = (1 - eps) p(t) + eps``; without exact ratio.
+        band: the lowest and highest ``t``.
+        random_length: probability that a step's rows are cut to a random length, one for all.
+        eos_padding: padding behind a document becomes end-of-sequence tokens of it, that are
+            learnt as any other (fine-tuning).
+        max_logits: see :class:`NextToken`.
+    """
+
+    kind: ClassVar[str] = "masked_diffusion"
+
+    weighting: Literal["bound", "uniform", "cart"] = "bound"
+    normalization: Literal["token", "sequence"] = "token"
+    schedule: Literal["linear", "poly2", "cosine"] = "linear"
+    exact_ratio: bool = False
+    stratified: bool = True
+    complementary: bool = False
+    eps: float = 1e-3
+    band: tuple[float, float] = (0.0, 1.0)
+    random_length: float = 0.01
+    eos_padding: bool = False
+    max_logits: int = 2**27
+
+    def __post_init__(self):
+        _require(
+            self.weighting in ("bound", "uniform", "cart"),
+            "objective.weighting",
+            self.weighting,
+            "use bound, uniform or cart",
+        )
+        _require(
+            self.normalization in ("token", "sequence"),
+            "objective.normalization",
+            self.normalization,
+            "use token or sequence",
+        )
+        _require(
+            0 <= self.random_length <= 1,
+            "objective.random_length",
+            self.random_length,
+            "must be a probability; 0.01 is published, 0 cuts nothing",
+        )
+        _check_noise(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockDiffusion:
+    """Each block of a text from the blocks before it, all in one pass (arXiv 2503.09573).
+
+    Blocks have ``model.block_size`` tokens and a noise level each. The model reads the masked text
+    and the clean one beside it; see ``train/noise.py``.
+
+    Attributes:
+        schedule, stratified, eps, band, eos_padding: as of :class:`MaskedDiffusion`, with a level
+            for every block; strata are as many as a batch without padding has blocks.
+        max_logits: see :class:`NextToken`.
+    """
+
+    kind: ClassVar[str] = "block_diffusion"
+
+    schedule: Literal["linear", "poly2", "cosine"] = "linear"
+    stratified: bool = True
+    eps: float = 1e-3
+    band: tuple[float, float] = (0.0, 1.0)
+    eos_padding: bool = False
+    max_logits: int = 2**27
+
+    def __post_init__(self):
+        _check_noise(self)
+
+
+Objective = NextToken | AutoDeco | MaskedDiffusion | BlockDiffusion
+
+
+def _check_decoding(objective: Objective, model: Any) -> None:
+    """Refuse an objective that this model is not read by; ``model`` is None in a draft."""
+    if model is None:
+        return
+    masked = decoding_of(model) == "masked_diffusion"
+    if isinstance(objective, NextToken | AutoDeco):
+        _require(
+            not masked,
+            "objective",
+            objective.kind,
+            f"{type(model).__name__} here fills in masks; use masked_diffusion, or "
+            "block_diffusion with model.block_size",
+        )
+        return
+    _require(
+        masked,
+        "objective",
+        objective.kind,
+        f"{type(model).__name__} here predicts the next token; use next_token, or a model with a "
+        "mask token, such as llada",
+    )
+    blocks = isinstance(objective, BlockDiffusion)
+    _require(
+        (model.block_size is not None) == blocks,
+        "objective",
+        objective.kind,
+        f"model.block_size={model.block_size}: block_diffusion needs one, masked_diffusion none",
+    )
+    _require(
+        not objective.eos_padding or model.eos_token_id is not None,
+        "objective.eos_padding",
+        True,
+        "model.eos_token_id is None; name the token that ends a text",
+    )
 
 
 # ------------------------------------------------------------------------------------ optimizers
@@ -419,6 +568,7 @@ class Experiment:
             parts,
             f"must divide data.batch_size={rows}, the rows of one optimizer step",
         )
+        _check_decoding(self.objective, self.model)
         kinds = [retrofit.kind for retrofit in self.retrofits]
         _require(len(set(kinds)) == len(kinds), "retrofits", kinds, "attach each kind once")
         if isinstance(self.objective, AutoDeco):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from etils import epath
 
 from ..errors import InputError
-from . import autodeco, fields, gemma2, gpt_neox, kimi_linear, lora
+from . import autodeco, fields, gemma2, gpt_neox, kimi_linear, llada, lora
 from .experiment import Experiment, experiment_from_dict
 
 # Every named experiment is a function without arguments, listed here under its own name.
@@ -39,6 +39,11 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
         gpt_neox.pythia_2_8b,
         gpt_neox.pythia_6_9b,
         gpt_neox.pythia_12b,
+        llada.llada_tiny,
+        llada.llada_demo,
+        llada.llada_block_demo,
+        llada.llada_8b,
+        llada.llada_8b_sft,
     )
 }
 

@@ -133,8 +133,8 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         cache: DecoderCache | None = None,
         *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "B L"] | None = None,
         **context: Any,
     ) -> tuple[Float[Array, "B T D"], DecoderCache | None, dict]:
         """The final normalised activations, before the output head.
@@ -146,7 +146,8 @@ class Decoder(nnx.Module):
                 a row is one document, its tokens first and padding after them.
             positions: of rotary embeddings, where the family has them; if None, how many tokens of
                 its own document stand before each token.
-            **context: given to every block, by families whose blocks take more.
+            **context: given to every block, by families whose blocks take more; with
+                ``two_views``, ``L`` is half of ``T``.
 
         Returns:
             Activations in the compute dtype, the cache, and what blocks report for learning without

@@ -9,7 +9,7 @@ diffusion models (Dream, arXiv 2508.15487).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -38,6 +38,9 @@ _POSITIVE = (
 class LLaDAConfig:
     """The shape of a LLaDA model.
 
+    With ``block_size=1`` and ``logit_shift`` it is a next-token model of the same shape: what a
+    diffusion model is compared with, or begins with.
+
     Attributes:
         vocab_size: rows of the embedding and of the output head.
         hidden_size: model width D.
@@ -60,9 +63,6 @@ class LLaDAConfig:
         remat: what the backward pass keeps, a name of ``REMAT_POLICIES``.
         attention_implementation: None picks by platform.
     """
-
-    # See `decoding_of`.
-    decoding: ClassVar[str] = "masked_diffusion"
 
     vocab_size: int
     hidden_size: int
@@ -119,6 +119,12 @@ class LLaDAConfig:
             )
         if self.rope_theta <= 0:
             raise InputError(f"model.rope_theta={self.rope_theta} must be positive")
+
+    @property
+    def decoding(self) -> str:
+        """See :func:`.registry.decoding_of`: blocks of one with shifted logits need no masks."""
+        one_by_one = self.block_size == 1 and self.logit_shift
+        return "next_token" if one_by_one else "masked_diffusion"
 
     @property
     def head_dim(self) -> int:

@@ -59,6 +59,8 @@ _READ_ELSEWHERE = (
     "mlp_ratio",
     "multi_query_attention",
     "n_kv_heads",
+    "rope_parameters",
+    "rope_scaling",
     "rope_theta",
     # Ours: no published model has them.
     "block_size",

@@ -51,8 +51,8 @@ def make_evaluation(
 
     def measure(params: Params) -> dict[str, float]:
         total = None
-        for batch in batches:
-            sums = eval_step(params, feed.put(batch))
+        for number, batch in enumerate(batches):
+            sums = eval_step(params, feed.put(batch), number)
             total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
         means = {k: float(v) for k, v in jax.device_get(summarise(total)).items() if k != "weight"}
         nll = means.get("nll", means["loss"])

@@ -30,7 +30,7 @@ from ..sharding import (
 )
 from .init_from import load_base
 from .layout import place_param, replicate, split_rows
-from .objectives import make_objective
+from .objectives import make_draw, make_objective
 from .optimizers import (
     ParamInfo,
     flatten,
@@ -42,7 +42,7 @@ from .optimizers import (
     unflatten,
 )
 from .schedules import make_schedule
-from .sums import Batch, with_row_keys
+from .sums import Batch
 
 Build = Callable[[jax.Array], nnx.Module]
 Metrics = dict[str, jax.Array]
@@ -206,9 +206,11 @@ def make_train_step(
     """
     config = experiment.train
     objective, schedule = make_objective(experiment.objective), _schedule(experiment)
+    draw = make_draw(experiment.objective)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        info = param_info(nnx.merge(graphdef, state.params))
+        module = nnx.merge(graphdef, state.params)
+        info = param_info(module)
         optimizer = make_optimizer(experiment.optimizer, schedule, info)
         flat = flatten(state.params)
         trained = _trained(experiment, info, flat)
@@ -222,7 +224,7 @@ def make_train_step(
             return {"loss": loss, **further}, jax.tree.map(replicate, sums)
 
         key = jax.random.fold_in(_data_key(config.seed), state.step)
-        batch = with_row_keys(batch, key)
+        batch = draw(module, batch, key)
         grads, sums = _accumulate(loss_fn, trained, batch, key, config.accumulation)
         stats = sums.pop("stats")
         metrics = summarise(sums)
@@ -381,16 +383,17 @@ def _positive(x: jax.Array) -> jax.Array:
 
 def make_eval_step(
     experiment: Experiment, graphdef: nnx.GraphDef
-) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """The jitted ``(params, batch) -> sums``: add them over batches, then :func:`summarise`.
+) -> Callable[..., dict[str, jax.Array]]:
+    """The jitted ``(params, batch, number) -> sums``: add them up, then :func:`summarise`.
 
-    Random objectives draw the same numbers at every evaluation.
+    Random objectives draw the same numbers at every evaluation, others for each ``number``.
     """
-    objective = make_objective(experiment.objective)
+    objective, draw = make_objective(experiment.objective), make_draw(experiment.objective)
 
-    def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
+    def eval_step(params: Params, batch: Batch, number: int = 0) -> dict[str, jax.Array]:
         model, key = nnx.merge(graphdef, params), _data_key(experiment.train.seed)
-        loss, weight, sums = objective(model, with_row_keys(batch, key), key)
+        key = jax.random.fold_in(key, number)
+        loss, weight, sums = objective(model, draw(model, batch, key), key)
         sums.pop("stats", None)
         return jax.tree.map(replicate, {"loss": loss, "weight": weight, **sums})
 
