@@ -9,6 +9,7 @@ from .mask import visible
 
 _QUERY_BLOCK = 512
 _HIDDEN = -1e30  # Finite: a row without a visible key must not become NaN.
+_FEW_ROWS = 32
 
 
 def attention(q, k, v, queries, keys, *, scale, softcap, window, block):
@@ -20,7 +21,7 @@ def attention(q, k, v, queries, keys, *, scale, softcap, window, block):
     def some(q, queries):
         # Queries of the heads that share keys are rows of one matrix.
         rows = jnp.swapaxes(q * scale, 1, 2).reshape(batch, k.shape[1], -1, width)
-        scores = jnp.einsum("bgrk,bgsk->bgrs", rows, k, preferred_element_type=jnp.float32)
+        scores = _scores(rows, k)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         mask = visible(queries, keys, window=window, block=block)
@@ -46,3 +47,13 @@ def attention(q, k, v, queries, keys, *, scale, softcap, window, block):
         )
         out = jnp.moveaxis(out, 0, 1).reshape(batch, length + pad, *out.shape[3:])[:, :length]
     return out.reshape(batch, length, heads, v.shape[-1])
+
+
+def _scores(rows, k):
+    """``rows [B, G, R, K]`` by ``k [B, G, S, K]``: ``[B, G, R, S]`` float32."""
+    if rows.shape[2] > _FEW_ROWS:
+        return jnp.einsum("bgrk,bgsk->bgrs", rows, k, preferred_element_type=jnp.float32)
+    # Few queries, as in decoding, stand right: XLA's CPU backend packs what stands there anew, and
+    # this should not be the whole cache.
+    scores = jnp.einsum("bgsk,bgrk->bgsr", k, rows, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(scores, 2, 3)
