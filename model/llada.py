@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..layers.attention import Attention, filled
 from ..layers.mlp import SwiGLU
 from ..layers.norm import RMSNorm
-from ..layers.segments import is_token
+from ..layers.segments import is_token, token_positions
 from ..sharding import constrain
 from .decoder import Decoder, DecoderCache, check_config
 
@@ -300,7 +300,8 @@ class LLaDA(Decoder):
             positions: without a cache, of rotary embeddings; with one, where tokens are.
             clean: the text without masks, without a cache: each block of ``tokens`` sees itself and
                 the blocks of ``clean`` before it, as when it is filled in (arXiv 2503.09573). What
-                is returned is of ``tokens``.
+                is returned is of ``tokens``, but with shifted logits of ``clean`` at the end of a
+                block, from where the next one's first token is predicted.
         """
         context: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
         if clean is not None:
@@ -309,7 +310,14 @@ class LLaDA(Decoder):
             both = [constrain(x, "batch", None) for x in (tokens, clean)]
             both = constrain(jnp.concatenate(both, axis=1), "batch", "seq")
             hidden, _, stats = super().hidden_states(both, **context, two_views=True)
-            hidden = constrain(hidden, "batch", None, "embed")[:, : tokens.shape[1]]
+            hidden = constrain(hidden, "batch", None, "embed")
+            hidden, past = jnp.split(hidden, 2, axis=1)
+            if self.config.logit_shift and self.config.block_size is not None:
+                places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+                if segment_ids is not None:
+                    places = token_positions(segment_ids)
+                ends = constrain((places + 1) % self.config.block_size == 0, "batch", None)
+                hidden = jnp.where(ends[..., None], past, hidden)
             return constrain(hidden, "batch", "seq", "embed"), None, stats
         if cache is None or positions is None:
             return super().hidden_states(tokens, cache, **context)

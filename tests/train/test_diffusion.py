@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import jaxalope
-from jaxalope.configs import BlockDiffusion, MaskedDiffusion
+from jaxalope.configs import BlockDiffusion, MaskedDiffusion, Muon
 from jaxalope.configs.registry import get_experiment
 from jaxalope.errors import InputError
 from jaxalope.layers.segments import token_positions
@@ -334,8 +334,9 @@ def test_packed_documents_lose_what_they_lose_apart():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_block_diffusion_is_every_blocks_loss_behind_its_clean_past(packed):
-    config, model = BlockDiffusion(), model_of(block_size=4)
+@pytest.mark.parametrize("shift", [False, True])
+def test_block_diffusion_is_every_blocks_loss_behind_its_clean_past(packed, shift):
+    config, model = BlockDiffusion(band=(0.3, 1.0)), model_of(block_size=4, logit_shift=shift)
     batch = tokens_of(2, 14)
     segments = np.ones((2, 14), np.int32)
     if packed:
@@ -344,21 +345,22 @@ def test_block_diffusion_is_every_blocks_loss_behind_its_clean_past(packed):
     batch["segment_ids"] = jnp.asarray(segments)
     out = noised(config, model, batch)
     total, count, _ = diffusion(config, model, out, KEY)
-    expected = 0.0
+    expected, documents = 0.0, 0
     for row in range(2):
         for document in set(segments[row]) - {0}:
             own = np.flatnonzero(segments[row] == document)
+            documents += 1
             for start in range(0, len(own), 4):
                 here = own[start : start + 4]
                 w = np.asarray(out["weights"][row, here])
-                # One level a block.
-                assert len(set(w[w > 0].tolist())) <= 1
+                assert len(set(w[w > 0].tolist())) <= 1  # One level a block.
                 text = jnp.concatenate([out["tokens"][row, own[:start]], out["noisy"][row, here]])
-                logp = jax.nn.log_softmax(model(text[None])[0][0, start:])
-                ids = out["tokens"][row, here]
-                expected -= np.sum(w * np.asarray(logp)[np.arange(len(here)), ids])
+                logp = np.asarray(jax.nn.log_softmax(model(text[None])[0][0]))
+                at = np.maximum(start + np.arange(len(here)) - shift, 0)
+                expected -= np.sum(w * logp[at, out["tokens"][row, here]])
     np.testing.assert_allclose(total, expected, rtol=1e-4)
-    assert count == (segments > 0).sum()
+    assert count == (segments > 0).sum() - shift * documents
+    assert out["masked"][:, 4].any() or out["masked"][:, 8].any()
 
 
 def test_blocks_have_strata_of_their_own_over_the_whole_batch():
@@ -420,6 +422,7 @@ RUNS = {
     ),
     "blocks": (BlockDiffusion(), {"block_size": 8}),
     "shifted": (MaskedDiffusion(), {"logit_shift": True}),
+    "shifted blocks": (BlockDiffusion(eos_padding=True), {"block_size": 8, "logit_shift": True}),
 }
 
 
@@ -430,6 +433,7 @@ def experiment_of(name, **train):
         base,
         model=dataclasses.replace(base.model, **changes),
         objective=objective,
+        optimizer=Muon(),
         train=dataclasses.replace(base.train, **train),
         schedule=dataclasses.replace(base.schedule, warmup_steps=0, learning_rate=1e-2),
     )

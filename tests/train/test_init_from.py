@@ -19,7 +19,7 @@ from jaxalope.train.loop import train
 from jaxalope.train.step import init_state
 
 ONE = jax.devices()[:1]
-FAMILIES = ("tiny", "gemma2_tiny", "gpt_neox_tiny")
+FAMILIES = ("tiny", "gemma2_tiny", "gpt_neox_tiny", "llada_tiny")
 
 
 def published(path, experiment, dtype="bfloat16"):
