@@ -85,7 +85,10 @@ def test_loss_and_gradients_are_the_published_ones(golden):
     assert len(names) == 3
     for name in names:
         expected = numbers[f"grad_pretrain_{name}"]
-        np.testing.assert_allclose(theirs[name], expected, atol=1e-4 * np.abs(expected).max())
+        # The weights are sharp: float32 gradients of two compilers differ by half of this.
+        np.testing.assert_allclose(theirs[name], expected, atol=1e-4, rtol=0)
+        error = np.linalg.norm(theirs[name] - expected) / np.linalg.norm(expected)
+        assert error < 1e-4, (name, error)
 
 
 def test_the_loss_with_an_exact_ratio_is_the_published_one(golden):
