@@ -14,6 +14,7 @@ _PUBLIC = {
     "Denoised": "infer",
     "DraftModel": "infer",
     "Dynamic": "infer",
+    "ElasticCache": "infer",
     "EntropyBounded": "infer",
     "Factor": "infer",
     "Generation": "infer",

@@ -7,6 +7,7 @@ from .constraints import BadWords, GrammarMask, LogitBias, MinNewTokens
 from .denoise import (
     Denoised,
     Dynamic,
+    ElasticCache,
     EntropyBounded,
     Factor,
     Independent,
@@ -40,6 +41,7 @@ __all__ = [
     "Draft",
     "DraftModel",
     "Dynamic",
+    "ElasticCache",
     "EntropyBounded",
     "Factor",
     "Generation",

@@ -61,10 +61,16 @@ _STEPS = flags.DEFINE_integer(
 )
 _RULE = flags.DEFINE_string(
     "rule",
-    "low_confidence",
-    "What a step of 'denoise' commits, such as 'threshold:0.9'; see docs/diffusion_sampling.md.",
+    None,
+    "What a step of 'denoise' commits, such as 'threshold:0.9'; if not given, 'low_confidence', or "
+    "'threshold' with an elastic cache. See docs/diffusion_sampling.md.",
 )
-_CACHE = flags.DEFINE_string("cache", "none", "Of 'denoise': none, prefix, dual or block.")
+_CACHE = flags.DEFINE_string(
+    "cache",
+    "none",
+    "Of 'denoise': none, prefix, dual, block, or elastic, which may have settings: "
+    "'elastic:gamma=0.8,window=32'; see docs/elastic_cache.md.",
+)
 _CFG_SCALE = flags.DEFINE_float("cfg_scale", 0.0, "Of 'denoise': guidance by the prompt.")
 _LOGITS_EOS_INF = flags.DEFINE_bool(
     "logits_eos_inf", False, "'denoise' never draws the end-of-sequence token."
@@ -245,7 +251,7 @@ def _search(model) -> None:
 
 def _denoise(model) -> None:
     from .defaults import stop_ids
-    from .denoise import denoise, parse_rule
+    from .denoise import denoise, parse_cache, parse_rule
     from .parse import parse_policy
 
     policy = None
@@ -257,10 +263,10 @@ def _denoise(model) -> None:
         gen_length=_GEN_LENGTH.value,
         block_length=_BLOCK_LENGTH.value,
         steps=_STEPS.value,
-        rule=parse_rule(_RULE.value),
+        rule=None if _RULE.value is None else parse_rule(_RULE.value),
         policy=policy,
         cfg_scale=_CFG_SCALE.value,
-        cache=_CACHE.value,
+        cache=parse_cache(_CACHE.value),
         seed=_SEED.value,
         n=_NUM_SAMPLES.value,
         logits_eos_inf=_LOGITS_EOS_INF.value,
@@ -268,6 +274,8 @@ def _denoise(model) -> None:
     )
     _print(filled.text)
     print(f"calls of the model: {filled.nfe}", file=sys.stderr)
+    if filled.update_frequency is not None:
+        print(f"layers computed in full: {filled.update_frequency}", file=sys.stderr)
 
 
 def _print(text: list[str]) -> None:

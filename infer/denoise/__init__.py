@@ -2,8 +2,9 @@
 
 from .api import Denoised, History, denoise
 from .caches import BlockCache, DualCache, NoCache, PrefixCache
+from .elastic import ElasticCache
 from .likelihood import Bound, diffusion_log_likelihood
-from .parse import parse_rule
+from .parse import parse_cache, parse_rule
 from .rules import (
     Dynamic,
     EntropyBounded,
@@ -24,6 +25,7 @@ __all__ = [
     "Denoised",
     "DualCache",
     "Dynamic",
+    "ElasticCache",
     "EntropyBounded",
     "Factor",
     "History",
@@ -38,6 +40,7 @@ __all__ = [
     "denoise",
     "diffusion_log_likelihood",
     "dream",
+    "parse_cache",
     "parse_rule",
     "stack_rules",
 ]

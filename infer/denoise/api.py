@@ -24,6 +24,7 @@ from .settings import (
     block_and_steps,
     cache_of,
     check_guidance,
+    check_sliding,
     default_stops,
     eos_of,
     id_rows,
@@ -67,6 +68,8 @@ class Denoised:
         nfe: calls of the model that each row took part in. With guidance a call reads two canvases.
         history: of each row's whole canvas, prompt and its filled masks included.
         starved: whether a row's policy ever forbade every token.
+        update_frequency: of ``cache="elastic"``: the part of all layers' passes that computed a
+            row's whole canvas, as published; the first call counts one more than there are layers.
     """
 
     tokens: list[np.ndarray]
@@ -75,6 +78,7 @@ class Denoised:
     nfe: list[int]
     history: list[History]
     starved: list[bool]
+    update_frequency: list[float] | None = None
 
 
 def denoise(
@@ -110,11 +114,13 @@ def denoise(
         steps: calls of the model for ``gen_length`` tokens, a multiple of the number of blocks; one
             a token if None. For rules with a schedule.
         rule: which positions a step commits, one for all or one (of the same kind) a prompt;
-            LLaDA's low-confidence remasking, ``TopQuota()``, if None.
+            LLaDA's low-confidence remasking, ``TopQuota()``, if None; with ``"elastic"`` a rule
+            without steps, ``Threshold(0.9)`` if None.
         policy: that tokens are drawn by, one for all or one a prompt; ``Greedy()`` if None.
         cfg_scale: of classifier-free guidance, for all or each; 0 is none.
-        cache: ``"none"``; ``"prefix"`` or ``"dual"`` (Fast-dLLM, approximations); ``"block"`` for
-            block diffusion (exact).
+        cache: ``"none"``; ``"prefix"`` or ``"dual"`` (Fast-dLLM, approximations); ``"elastic"`` or
+            :class:`ElasticCache` with its settings (an approximation, whose window slides over the
+            masks instead of blocks); ``"block"`` for block diffusion (exact).
         seed: one a prompt, or an int: prompt ``i`` then has seed ``seed + i``.
         n: samples a prompt.
         stop_tokens: that end a response; the model's own if None, none if empty.
@@ -134,6 +140,8 @@ def denoise(
     kind = cache_of(cache, block_size, shift)
     rows = prompt_rows(model, prompts)
     masks = [int((row == mask).sum()) + max(gen_length, 0) for row in rows]
+    rule = kind.default_rule() if rule is None else rule
+    check_sliding(kind, rule, block_length, steps, cfg_scale)
     block_length, block_steps = block_and_steps(gen_length, block_length, steps, block_size, masks)
     rule = rule_of(rule, steps, len(rows))
     guidance = check_guidance(cfg_scale, rows, mask)
@@ -148,7 +156,8 @@ def denoise(
         decoding="masked_diffusion",
     )
     check_policy(batch.policy)
-    batch = _measured(batch, rows, gen_length, block_length, n, model.batch_ways())
+    multiple = 1 if kind.slides else block_length
+    batch = _measured(batch, rows, gen_length, multiple, n, model.batch_ways())
     origin = np.minimum(np.arange(len(batch.lengths)) // n, len(rows) - 1)
     if block_size is None:
         # A prompt's masks come on top of the response's blocks; few numbers of them are compiled.
@@ -166,7 +175,7 @@ def denoise(
         shift=shift,
         guided=bool(np.any(guidance != 0)),
     )
-    count = len(batch.lengths)
+    count, (compiled, number) = len(batch.lengths), kind.traced()
     forbidden = [eos_of(model)] if logits_eos_inf and eos_of(model) is not None else [-1]
     last = batch.stop_tokens if confidence_eos_eot_inf else [-1]
     numbers = Numbers(
@@ -177,8 +186,9 @@ def denoise(
         stop_tokens=id_rows(batch.stop_tokens, count),
         forbidden=id_rows(forbidden, count),
         last=id_rows(last, count),
+        cache=np.full(count, number, np.float32),
     )
-    decoder = program_of(model, Denoiser, kind, layout)
+    decoder = program_of(model, Denoiser, compiled, layout)
     with model.context():
         state = decoder.begin(
             model.params, batch.prompts, batch.lengths, batch.limits, batch.seeds, batch.samples
@@ -186,7 +196,7 @@ def denoise(
         state = decoder.decode(
             model.params, numbers, state, jnp.int32(layout.blocks * (2 * block_length + 2))
         )
-    return _result(model, batch, state, mask)
+    return _result(model, batch, state, mask, kind)
 
 
 def _measured(
@@ -204,7 +214,8 @@ def _measured(
     return batch if n == 1 else batch.repeat(n, ways)[0]
 
 
-def _result(model: Model, batch: Batch, state: Canvas, mask: int) -> Denoised:
+def _result(model: Model, batch: Batch, state: Canvas, mask: int, kind: NoCache) -> Denoised:
+    frequency = kind.update_frequency(state, len(model.config.kinds))
     state = jax.device_get(dataclasses.replace(state, cache=(), key=()))
     tokens, text, reasons, history = [], [], [], []
     for i in range(batch.count):
@@ -226,4 +237,5 @@ def _result(model: Model, batch: Batch, state: Canvas, mask: int) -> Denoised:
         nfe=state.calls[: batch.count].tolist(),
         history=history,
         starved=state.starved[: batch.count].tolist(),
+        update_frequency=None if frequency is None else frequency[: batch.count].tolist(),
     )

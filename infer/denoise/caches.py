@@ -7,15 +7,18 @@ one call of the model for every row: normalised activations at the asked places,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ...sharding import constrain
 from .canvas import at, places_of
+from .rules import Rule, TopQuota
 
 
 @jax.tree_util.register_dataclass
@@ -50,11 +53,31 @@ class NoCache:
         name: by which it is asked for.
         together: rows enter a block together: those that are through wait for the others.
         stores: a finished block is read once more, so that its tokens are remembered.
+        slides: there are no blocks, but a window over the masks, and so no steps of a block.
     """
 
     name: ClassVar[str] = "none"
     together: ClassVar[bool] = False
     stores: ClassVar[bool] = False
+    slides: ClassVar[bool] = False
+
+    def traced(self) -> tuple[NoCache, float]:
+        """The kind without the number that a compiled step takes instead, and that number."""
+        return self, 0.0
+
+    def default_rule(self) -> Rule:
+        """The rule where a caller names none."""
+        return TopQuota()
+
+    def own_step(self, model: nnx.Module, layout: Any, numbers: Any) -> Callable | None:
+        """The loop's step; None is the block-wise one."""
+        del model, layout, numbers
+        return None
+
+    def update_frequency(self, state: Any, num_layers: int) -> np.ndarray | None:
+        """Of each row, the part of layers' passes that computed all of it; None if not counted."""
+        del state, num_layers
+        return None
 
     def begin(
         self, model: nnx.Module, tokens: Int[Array, "B T"], prompt: Bool[Array, "B T"]
@@ -166,9 +189,6 @@ class BlockCache(NoCache):
     def read(self, model, ask, cache, block_length, blocks):
         """The block's own positions."""
         return _at_places(model, ask.tokens, ask.places, ask.valid, cache)
-
-
-KINDS = {kind.name: kind for kind in (NoCache, PrefixCache, DualCache, BlockCache)}
 
 
 def _pick(hidden: Float[Array, "B T D"], places: Int[Array, "B W"]) -> Float[Array, "B W D"]:

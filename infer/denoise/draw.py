@@ -44,6 +44,7 @@ class Numbers:
         stop_tokens: ``[B, S]``.
         forbidden: tokens that are never drawn, ``[B, F]``.
         last: tokens whose positions are committed last, ``[B, L]``.
+        cache: what the kind of cache goes by, ``[B]``.
     """
 
     policy: Policy
@@ -53,6 +54,7 @@ class Numbers:
     stop_tokens: Any
     forbidden: Any
     last: Any
+    cache: Any
 
 
 def check_policy(policy: Policy) -> None:
@@ -105,7 +107,8 @@ def decide(
     def local(numbers, logits, tokens, prompt_length, places, masked, keys, progress):
         batch, width, size = logits.shape
         hide = jax.vmap(lambda row, ids: row.at[:, ids].set(-jnp.inf, mode="drop"))
-        logits = hide(logits.at[:, :, mask].set(-jnp.inf), numbers.forbidden)
+        said = hide(logits, numbers.forbidden)
+        logits = said.at[:, :, mask].set(-jnp.inf)
 
         def spread(x):
             return jnp.repeat(x, width, axis=0)
@@ -117,7 +120,8 @@ def decide(
         context = Context(None, places.reshape(-1), spread(prompt_length), counts)
         policy = jax.tree.map(spread, numbers.policy)
         token, proposal, starved = draw(policy, flat, context, spread(keys))
-        sure = log_confidence(flat, token).reshape(batch, width)
+        # The mask is never drawn, but what the model gives it is no confidence in another token.
+        sure = log_confidence(said.reshape(flat.shape), token).reshape(batch, width)
         rule = numbers.rule
         if rule.draws:
             uniform = _uniform(keys, places)

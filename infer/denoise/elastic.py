@@ -2,44 +2,47 @@
 
 A step asks for the leftmost masked positions, a window that slides; commits the sure ones; and
 recomputes, beside them, what was committed before and the most attended tokens, whose attention
-tells whether the rest of the canvas has become stale. What a step computes is
+tells whether the rest of the canvas has become stale. What a call computes is in
 :mod:`.elastic_pass`; this file is the step of the shared loop.
 
-Source: arXiv 2510.14973 and its released code (:class:`ElasticCache` says where ours differs).
+Source: arXiv 2510.14973 and its released code; see docs/elastic_cache.md for where they differ.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from flax import nnx
+from jaxtyping import Array, Bool, Int
 
 from ...errors import InputError
-from ...model.decoder import Decoder
-from ...sharding import constrain, kernel_map
-from ..policy import check, column, policy
+from ...sharding import constrain
+from ..loop import LENGTH, RUNNING, STOPPED
+from ..policy import check
+from .caches import NoCache
+from .canvas import Canvas, places_of, put
+from .draw import Numbers, decide
 from .elastic_pass import DRIFTS, Ask, each_layer, elastic_pass, init_memory
-from .rules import Progress, Rule
-
-_ROW = ("batch", None)
+from .rules import Progress, Rule, Threshold
 
 
-@policy(static=("window", "track_num", "block_caching", "drift", "exact"))
-class ElasticCache:
-    """Settings of the cache; the defaults are the released scripts'.
+@dataclasses.dataclass(frozen=True)
+class ElasticCache(NoCache):
+    """Layers compute the whole canvas anew only where attention has drifted; an approximation.
 
-    With ``gamma=0`` nothing is computed anew after the first call, with ``gamma > 1`` everything
-    above the first layer is in every call. Even that is not the same as no cache, as the first
-    layer's outputs are as old as the last time they were asked for; ``exact=True`` is.
+    The defaults are the released scripts'. With ``gamma=0`` nothing is computed anew after the
+    first call, with ``gamma > 1`` everything above the first layer is in every call. Even that is
+    not decoding without a cache: the first layer's outputs are as old as the last time they were
+    asked for. ``exact=True`` is.
 
     Attributes:
         gamma: similarity of attention below which the layers above are refreshed.
-        window: masked positions that are asked for, from the left.
+        window: masked positions that are asked for, from the left; there are no blocks.
         track_num: tokens whose attention each layer watches.
         block_caching: masked positions beyond the window are not computed in every step. Without
             it all are, and the window says which may be committed.
@@ -49,190 +52,178 @@ class ElasticCache:
         exact: compute everything in every step.
     """
 
-    gamma: Any = 0.9
+    gamma: float | None = 0.9
     window: int = 16
     track_num: int = 1
     block_caching: bool = True
     drift: str = "heads"
     exact: bool = False
+    name: ClassVar[str] = "elastic"
+    slides: ClassVar[bool] = True
 
     def __post_init__(self):
         remedy = "must be a similarity: 0 never refreshes, above 1 always does"
         check(lambda x: np.isfinite(x) & (np.asarray(x) >= 0), "gamma", self.gamma, remedy)
         for name in ("window", "track_num"):
             value = getattr(self, name)
-            if value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
+            if value != int(value) or value < 1:
+                raise InputError(f"{name}={value} must be a whole number, at least 1")
         if self.drift not in DRIFTS:
             raise InputError(f"drift={self.drift!r} is not one of {', '.join(DRIFTS)}")
+
+    def traced(self):
+        """Gamma is a number like others: one compilation serves all."""
+        return dataclasses.replace(self, gamma=None), self.gamma
+
+    def default_rule(self) -> Rule:
+        """What the published scripts commit by."""
+        return Threshold(0.9)
+
+    def begin(self, model, tokens, prompt):
+        """Nothing is remembered yet."""
+        del prompt
+        batch, width = tokens.shape
+
+        def rows(value, *shape):
+            full = jnp.full((batch, *shape), value, jnp.int32)
+            return constrain(full, "batch", *(None for _ in shape))
+
+        return ElasticMemory(
+            layers=init_memory(model, batch, width, self.track_num),
+            tracked=rows(width, len(model.config.kinds) * self.track_num),
+            new=rows(width, self.window),
+            end=rows(width),
+            start=rows(-1),
+            refreshed=rows(0),
+        )
+
+    def own_step(self, model, layout, numbers):
+        """See :func:`elastic_step`."""
+        return elastic_step(model, self, layout, numbers)
+
+    def update_frequency(self, state: Canvas, num_layers: int) -> np.ndarray:
+        """The part of all layers' passes that computed a row's whole canvas, as published.
+
+        The first call counts one pass more than there are layers.
+        """
+        (memory,) = state.cache
+        return np.asarray(memory.refreshed) / (num_layers * np.maximum(np.asarray(state.calls), 1))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ElasticState:
-    """What the loop carries.
+class ElasticMemory:
+    """What is remembered between steps. Places are positions; the canvas's width is none.
 
     Attributes:
-        tokens: the canvas ``[B, T]``; what is never committed keeps the mask's id.
-        length: ``[B]``, positions that belong to each row.
-        masked: ``[B, T]``, positions still to be decoded.
-        ended: ``[B]``, rows that committed an end token: nothing after it is decoded.
-        tracked: ``[B, layers * track_num]``, tokens whose attention is watched; ``T`` is none.
-        new: ``[B, window]``, what the last step committed; ``T`` is none.
-        start: ``[B]``, the layer from which the last step computed every row.
-        calls: ``[B]``, calls of the model that each row took part in.
-        refreshed: ``[B]``, layers that computed every row, summed over calls; the first call counts
-            one more than there are layers, as published.
-        committed_at: ``[B, T]``, the call that committed each position; -1 for none.
-        logprobs: ``[B, T]``, of the committed tokens, float32.
-        memory: of the layers.
+        layers: of every layer, see :class:`~.elastic_pass.LayerMemory`.
+        tracked: ``[B, layers * track_num]``, the tokens whose attention is watched.
+        new: ``[B, window]``, what the last step committed.
+        end: ``[B]``, a stop token; no mask after it is filled in.
+        start: ``[B]``, the first layer that computed every position in the last call, 0 or less
+            with the embedding, the number of layers for none.
+        refreshed: ``[B]``, layers that computed every position, added up.
     """
 
-    tokens: Any
-    length: Any
-    masked: Any
-    ended: Any
+    layers: Any
     tracked: Any
     new: Any
+    end: Any
     start: Any
-    calls: Any
     refreshed: Any
-    committed_at: Any
-    logprobs: Any
-    memory: Any
-
-    @property
-    def done(self) -> Bool[Array, "B"]:
-        """Rows without a position to decode."""
-        return ~jnp.any(self.masked, axis=1)
-
-    def update_frequency(self, num_layers: int) -> Float[Array, "B"]:
-        """The part of all layers' passes that computed every row, as published."""
-        return self.refreshed / (num_layers * jnp.maximum(self.calls, 1))
-
-
-def start_elastic(
-    model: Decoder,
-    canvas: Int[Array, "B T"],
-    length: Int[Array, "B"],
-    settings: ElasticCache,
-) -> ElasticState:
-    """The state before the first call: every mask's id within ``length`` is to be decoded."""
-    canvas, length = constrain(canvas, *_ROW), constrain(length, "batch")
-    batch, width = canvas.shape
-    places = jnp.arange(width)
-    masked = (canvas == model.config.mask_token_id) & (places < length[:, None])
-
-    def rows(value, *shape, dtype=jnp.int32):
-        axes = ("batch", *(None for _ in shape))
-        return constrain(jnp.full((batch, *shape), value, dtype), *axes)
-
-    return ElasticState(
-        tokens=canvas,
-        length=length,
-        masked=masked,
-        ended=rows(False, dtype=bool),
-        tracked=rows(width, len(model.config.kinds) * settings.track_num),
-        new=rows(width, settings.window),
-        start=rows(0),
-        calls=rows(0),
-        refreshed=rows(0),
-        committed_at=rows(-1, width),
-        logprobs=rows(0.0, width, dtype=jnp.float32),
-        memory=init_memory(model, batch, width, settings.track_num),
-    )
 
 
 def elastic_step(
-    model: Decoder,
-    settings: ElasticCache,
-    rule: Rule,
-    stop_tokens: Int[Array, "B S"],
-    *,
-    most: int,
-) -> Callable[[ElasticState], ElasticState]:
-    """The step that asks for the window, commits by ``rule``, and refreshes what has drifted.
+    model: nnx.Module, kind: ElasticCache, layout: Any, numbers: Numbers
+) -> Callable[[Canvas], Canvas]:
+    """The step that asks for the window, commits by the rule, and refreshes what has drifted.
 
     Args:
         model: see :func:`~.elastic_pass.elastic_pass`.
-        settings: of the cache.
-        rule: which positions of the window to commit; one without steps.
-        stop_tokens: ids that end a row; -1 is none.
-        most: masked positions that a row may have at first.
+        kind: settings; gamma is in ``numbers.cache``.
+        layout: whose ``block_length`` is the most masks of a row.
+        numbers: with a rule that has no steps.
     """
-    num_layers, beta = len(model.config.kinds), settings.window
+    num_layers, beta = len(model.config.kinds), kind.window
+    asked = beta if kind.block_caching else max(beta, layout.block_length)
 
-    def step(state: ElasticState) -> ElasticState:
-        running, width = ~state.done, state.tokens.shape[1]
-        masked = _first(state.masked, beta if settings.block_caching else max(most, beta))
-        window = masked[:, :beta]
-        everything = jnp.full_like(state.calls, -1)
-        start = everything
-        if not settings.exact:
-            start = jnp.where(state.calls == 0, everything, num_layers)
-        places = jnp.arange(width)
+    def step(state: Canvas) -> Canvas:
+        (memory,) = state.cache
+        running = ~state.done
+        tokens = constrain(state.tokens, "batch", None)
+        width = tokens.shape[1]
+        masked = _open(tokens, state, memory.end, layout.mask)
+        inside, valid = places_of(masked, asked)
+        window = jnp.where(valid, inside, width)
+        start = jnp.full_like(state.calls, -1)
+        if not kind.exact:
+            start = jnp.where(state.calls == 0, start, num_layers)
         ask = Ask(
-            tokens=state.tokens,
-            exists=places < state.length[:, None],
-            masked=state.masked,
-            tracked=jnp.where(running[:, None], state.tracked, width),
-            new=state.new,
-            window=masked,
+            tokens=tokens,
+            exists=state.exists,
+            masked=masked,
+            tracked=jnp.where(running[:, None], memory.tracked, width),
+            new=jnp.where(running[:, None], memory.new, width),
+            window=window,
             start=jnp.where(running, start, num_layers),
-            gamma=settings.gamma,
+            gamma=numbers.cache,
         )
-        hidden, memory, start = elastic_pass(
-            model, state.memory, ask, track_num=settings.track_num, drift=settings.drift
+        hidden, layers, start = elastic_pass(
+            model, memory.layers, ask, track_num=kind.track_num, drift=kind.drift
         )
-        token, logprob = _likeliest(model, model.logits(hidden[:, :beta]))
-        progress = Progress(state.calls, state.calls, state.calls)
-        chosen = rule.select(logprob, window < width, progress)
-
-        new = jnp.where(chosen, window, width)
-        tokens = _put(state.tokens, new, token)
-        left = _put(state.masked, new, jnp.zeros_like(chosen))
-        stops = jnp.any(token[:, :, None] == stop_tokens[:, None], axis=2) & chosen
+        logits = constrain(model.logits(hidden[:, :beta]), "batch", None, None)
+        left = jnp.sum((tokens == layout.mask) & state.exists, axis=1)
+        window, inside, valid = (x[:, :beta] for x in (window, inside, valid))
+        token, confidence, chosen, _, starved = decide(
+            numbers,
+            logits,
+            jnp.where(state.exists, tokens, layout.mask),
+            state.prompt_length,
+            inside,
+            valid,
+            jax.vmap(jax.random.fold_in)(state.key, left),
+            Progress(state.step, numbers.steps, state.begun),
+            mask=layout.mask,
+        )
+        stops = jnp.any(token[:, :, None] == numbers.stop_tokens[:, None], axis=2) & chosen
+        stops &= inside >= state.prompt_length[:, None]
         end = jnp.min(jnp.where(stops, window, width), axis=1)
-        end = jnp.where(state.ended, width, end)
-        tracked = jnp.concatenate(each_layer(memory, model, "watched"), axis=1)
+        tracked = jnp.concatenate(each_layer(layers, model, "watched"), axis=1)
+        memory = ElasticMemory(
+            layers=layers,
+            tracked=_distinct(tracked, width),
+            new=jnp.where(chosen, window, width),
+            # Only the first step that commits a stop token sets it, as published.
+            end=jnp.where(memory.end < width, memory.end, end),
+            start=start,
+            refreshed=memory.refreshed + jnp.where(running, num_layers - start, 0),
+        )
+        calls = state.calls + running
+        at_call = jnp.broadcast_to(calls[:, None], inside.shape)
+        tokens = put(tokens, inside, token, chosen)
+        more = jnp.any(_open(tokens, state, memory.end, layout.mask), axis=1)
+        ended = jnp.where(more, RUNNING, jnp.where(memory.end < width, STOPPED, LENGTH))
         return dataclasses.replace(
             state,
-            tokens=tokens,
-            masked=left & (places <= end[:, None]),
-            ended=state.ended | jnp.any(stops, axis=1),
-            tracked=_distinct(tracked, width),
-            new=new,
-            start=start,
-            calls=state.calls + running,
-            refreshed=state.refreshed + jnp.where(running, num_layers - start, 0),
-            committed_at=_put(state.committed_at, new, column(state.calls) + 0 * new),
-            logprobs=_put(state.logprobs, new, logprob),
-            memory=memory,
+            tokens=constrain(tokens, "batch", "seq"),
+            calls=calls,
+            asked=state.asked + running,
+            reason=jnp.where(running, ended, state.reason).astype(jnp.int32),
+            starved=state.starved | (starved & running),
+            records={
+                "step": put(state.records["step"], inside, at_call, chosen),
+                "confidence": put(state.records["confidence"], inside, confidence, chosen),
+            },
+            cache=(memory,),
         )
 
     return step
 
 
-def _likeliest(
-    model: Decoder, logits: Float[Array, "B W V"]
-) -> tuple[Int[Array, "B W"], Float[Array, "B W"]]:
-    """The likeliest token that is no mask, and its log-probability under the model."""
-    logits = constrain(logits, "batch", None, None)
-    is_mask = jnp.arange(logits.shape[-1]) == model.config.mask_token_id
-    token = jnp.argmax(jnp.where(is_mask, -jnp.inf, logits), axis=-1).astype(jnp.int32)
-    # Its odds, not 1 - p: near one a probability has no digits left to be compared by.
-    mine = jnp.arange(logits.shape[-1]) == token[:, :, None]
-    own = jnp.sum(jnp.where(mine, logits, 0.0), axis=-1, keepdims=True)
-    others = jnp.sum(jnp.where(mine, 0.0, jnp.exp(logits - own)), axis=-1)
-    return token, -jnp.log1p(others)
-
-
-def _first(masked: Bool[Array, "B T"], count: int) -> Int[Array, "B count"]:
-    """The first places of each row that are masked; the width is none."""
-    width = masked.shape[1]
-    places = jnp.sort(jnp.where(masked, jnp.arange(width), width), axis=1)
-    places = jnp.pad(places, ((0, 0), (0, max(count - width, 0))), constant_values=width)
-    return places[:, :count]
+def _open(tokens, state: Canvas, end: Int[Array, "B"], mask: int) -> Bool[Array, "B T"]:
+    """Positions that are still to be filled in."""
+    before = jnp.arange(tokens.shape[1]) < end[:, None]
+    return (tokens == mask) & state.exists & before & ~state.done[:, None]
 
 
 def _distinct(places: Int[Array, "B N"], none: int) -> Int[Array, "B N"]:
@@ -240,13 +231,3 @@ def _distinct(places: Int[Array, "B N"], none: int) -> Int[Array, "B N"]:
     places = jnp.sort(places, axis=1)
     repeated = jnp.pad(places[:, 1:] == places[:, :-1], ((0, 0), (1, 0)))
     return jnp.sort(jnp.where(repeated, none, places), axis=1)
-
-
-def _put(x, places, new):
-    """``x [B, T]`` with ``new`` at each row's places."""
-
-    def put(x, places, new):
-        rows = jnp.arange(x.shape[0])[:, None]
-        return x.at[rows, places].set(new.astype(x.dtype), mode="drop")
-
-    return kernel_map(put, (_ROW, _ROW, _ROW), _ROW)(x, places, new)

@@ -16,22 +16,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from ...errors import InputError
+from ...layers.attention import Attention
 from ...layers.ops.attention import Marks
 from ...layers.stack import unstack
 from ...model.decoder import Decoder
 from ...sharding import constrain, kernel_map
+from ..cache import along
 
 DRIFTS = ("heads", "keys")
 # No norm of an attention row is taken for smaller: a row that sees nothing has none.
 _SMALLEST = 1e-8
 
-_WIDE, _QUERY, _KEY = (
-    ("batch", None, "embed"),
-    ("batch", None, "heads", None),
-    ("batch", None, "kv_heads", None),
-)
+_ROW = ("batch", None)
+_WIDE = ("batch", None, "embed")
+_QUERY = ("batch", None, "heads", None)
+_KEY = ("batch", "kv_heads", None, None)
+_AXES = {"hidden": _WIDE, "q": _QUERY, "k": _KEY, "v": _KEY}
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +44,8 @@ class LayerMemory:
 
     Attributes:
         hidden: its inputs ``[B, T, D]``, each as of the last call that computed it.
-        q, k, v: rotated queries and keys, and values, ``[B, T, heads, head_dim]``, of them.
+        q: rotated queries ``[B, T, N, K]`` of them.
+        k, v: rotated keys, and values, ``[B, G, T, K]``: as products take them.
         watched: ``[B, track_num]``, the decoded positions that the window looks at most; ``T`` is
             none.
         similarity: ``[B]`` float32, of the last call that measured it; NaN in one that did not.
@@ -92,18 +96,20 @@ def init_memory(model: Decoder, batch: int, width: int, track_num: int) -> dict[
     dtype = jnp.dtype(model.config.dtype)
 
     def one(block):
-        mixer = block.mixer
-        queries = (batch, width, mixer.num_heads, mixer.head_dim)
-        keys = (batch, width, mixer.num_kv_heads, mixer.head_dim)
-        return _laid_out(
-            LayerMemory(
-                hidden=jnp.zeros((batch, width, model.config.hidden_size), dtype),
-                q=jnp.zeros(queries, dtype),
-                k=jnp.zeros(keys, dtype),
-                v=jnp.zeros(keys, dtype),
-                watched=jnp.full((batch, track_num), width, jnp.int32),
-                similarity=jnp.full((batch,), jnp.nan, jnp.float32),
+        mixer = getattr(block, "mixer", None)
+        if not isinstance(mixer, Attention) or not hasattr(block, "finish"):
+            raise InputError(
+                "cache='elastic' watches the attention of every layer, and this model has a "
+                f"{type(mixer or block).__name__}; use cache='none'"
             )
+        queries = jnp.zeros((batch, width, mixer.num_heads, mixer.head_dim), dtype)
+        keys = jnp.zeros((batch, width, mixer.num_kv_heads, mixer.head_dim), dtype)
+        hidden = jnp.zeros((batch, width, model.config.hidden_size), dtype)
+        watched = jnp.full((batch, track_num), width, jnp.int32)
+        return LayerMemory(
+            **_laid_out(hidden, queries, keys, keys),
+            watched=constrain(watched, "batch", None),
+            similarity=constrain(jnp.full((batch,), jnp.nan, jnp.float32), "batch"),
         )
 
     return model.stack.init_cache(one)
@@ -115,7 +121,8 @@ def elastic_pass(
     """Compute what is asked.
 
     Args:
-        model: a decoder whose blocks have ``read`` and ``finish``; see
+        model: a decoder whose blocks have an ``input_norm``, an
+            :class:`~jaxalope.layers.attention.Attention` as ``mixer``, and ``finish``; see
             :class:`~jaxalope.model.llada.LLaDABlock`.
         memory: of the calls before.
         ask: what to compute.
@@ -129,74 +136,68 @@ def elastic_pass(
         was computed in the end.
     """
     width, places = ask.tokens.shape[1], ask.places
-    columns = _columns(ask.tokens)
+    columns = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), ask.tokens.shape)
+    columns = constrain(columns, "batch", None)
     # What does not exist is a segment of its own; a place that is none sees what exists too.
     whole = Marks(columns, jnp.zeros_like(columns))
     rows = Marks(jnp.minimum(places, width - 1), jnp.zeros_like(places))
     keys = Marks(columns, jnp.where(ask.exists, 0, -1))
+    tracked = jax.tree.map(lambda mark: mark[:, : ask.tracked.shape[1]], rows)
 
-    def measure(mixer, old, few, k):
+    def measure(mixer, q, k, earlier):
         """Attention of the few rows, the tracked ones' likeness to before, and each key's score."""
-        weights = mixer.probabilities(few, k, rows, keys)
-        tracked = ask.tracked.shape[1]
-        before = jax.tree.map(lambda mark: mark[:, :tracked], rows)
-        earlier = mixer.probabilities(_gather(old.q, ask.tracked, _QUERY), old.k, before, keys)
-        likeness = _similarity(
-            earlier, weights[:, :, :tracked], ask.tracked < width, ask.exists, drift
-        )
+        weights = mixer.probabilities(q, _tokens_first(k), rows, keys)
+        now = weights[:, :, : ask.tracked.shape[1]]
+        likeness = _similarity(earlier, now, ask.tracked < width, ask.exists, drift)
         asked = weights[:, :, -ask.window.shape[1] :]
         asked = jnp.where((ask.window < width)[:, None, :, None], asked, 0.0)
         return weights, likeness, constrain(asked.sum(axis=(1, 2)), "batch", None)
 
-    def reuse(block, layer, start, old, full, few):
-        q, k, v = block.mixer.heads(block.input_norm(few), rows.positions)
-        new = _laid_out(
-            dataclasses.replace(
-                old,
-                hidden=_scatter(old.hidden, places, few, _WIDE),
-                q=_scatter(old.q, places, q, _QUERY),
-                k=_scatter(old.k, places, k, _KEY),
-                v=_scatter(old.v, places, v, _KEY),
-            )
-        )
-        weights, likeness, score = measure(block.mixer, old, q, new.k)
-        mixed = block.mixer.average(weights, new.v)
+    def reuse(block, layer, start, earlier, memory, q, full, few):
+        weights, likeness, score = measure(block.mixer, q, memory["k"], earlier)
+        mixed = block.mixer.average(weights, _tokens_first(memory["v"]))
         few = block.finish(few, block.mixer.o_proj(mixed))
-        return new, full, few, likeness, score
+        return memory, full, few, likeness, score
 
-    def refresh(block, layer, start, old, full, few):
-        above = layer > start
-        hidden = _scatter(old.hidden, places, few, _WIDE)
-        hidden = jnp.where(above[:, None, None], full, hidden)
-        q, k, v = block.mixer.heads(block.input_norm(hidden), keys.positions)
-        written = (layer >= start)[:, None] | _touched(places, width)
-        written = written[:, :, None, None]
-        new = _laid_out(
-            dataclasses.replace(
-                old,
-                hidden=hidden,
-                q=jnp.where(written, q.astype(old.q.dtype), old.q),
-                k=jnp.where(written, k.astype(old.k.dtype), old.k),
-                v=jnp.where(written, v.astype(old.v.dtype), old.v),
-            )
-        )
-        _, likeness, score = measure(block.mixer, old, _gather(q, places, _QUERY), new.k)
-        mixed = block.mixer.attend(q, new.k, new.v, whole, keys)
+    def refresh(block, layer, start, earlier, memory, q, full, few):
+        hidden = jnp.where((layer > start)[:, None, None], full, memory["hidden"])
+        new = _laid_out(hidden, *block.mixer.heads(block.input_norm(hidden), columns))
+        # Rows that refresh nothing keep all but the few places, which are written already.
+        memory = {
+            name: jnp.where(along(layer >= start, x, 0), new[name].astype(x.dtype), x)
+            for name, x in memory.items()
+        }
+        few_q = _gather(memory["q"], places, _QUERY)
+        _, likeness, score = measure(block.mixer, few_q, memory["k"], earlier)
+        k, v = (_tokens_first(memory[name]) for name in "kv")
+        mixed = block.mixer.attend(memory["q"], k, v, whole, keys)
         full = block.finish(hidden, block.mixer.o_proj(mixed))
-        return new, full, _gather(full, places, _WIDE), likeness, score
+        return memory, full, _gather(full, places, _WIDE), likeness, score
 
     def call(block, carry, old):
         layer, start, full, few = carry
-        new, full, few, likeness, score = jax.lax.cond(
+        memory = {name: getattr(old, name) for name in _AXES}
+        tracked_q = _gather(old.q, ask.tracked, _QUERY)
+        earlier = block.mixer.probabilities(tracked_q, _tokens_first(old.k), tracked, keys)
+        # What was is read before it is written over, in place.
+        earlier, memory = jax.lax.optimization_barrier((earlier, memory))
+        q, k, v = block.mixer.heads(block.input_norm(few), rows.positions)
+        memory = {
+            "hidden": _scatter(memory["hidden"], places, few, _WIDE),
+            "q": _scatter(memory["q"], places, q, _QUERY),
+            "k": _scatter(memory["k"], places, k, _KEY, at=2),
+            "v": _scatter(memory["v"], places, v, _KEY, at=2),
+        }
+        memory, full, few, likeness, score = jax.lax.cond(
             jnp.any(start <= layer),
             lambda *args: refresh(block, *args),
             lambda *args: reuse(block, *args),
-            *(layer, start, old, full, few),
+            *(layer, start, earlier, memory, q, full, few),
         )
         measured = (layer < start) & jnp.any(ask.tracked < width, axis=1)
         start = jnp.where(measured & (likeness < ask.gamma), layer + 1, start)
-        new = dataclasses.replace(
-            new,
+        new = LayerMemory(
+            **memory,
             watched=_most_watched(score, ask.masked | ~ask.exists, track_num),
             similarity=jnp.where(measured, likeness, jnp.nan),
         )
@@ -241,21 +242,6 @@ def _most_watched(score, hidden, track_num) -> Int[Array, "B track_num"]:
     return jnp.where(score >= 0, best, hidden.shape[1]).astype(jnp.int32)
 
 
-def _columns(tokens) -> Int[Array, "B T"]:
-    columns = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return constrain(columns, "batch", None)
-
-
-def _touched(places, width) -> Bool[Array, "B T"]:
-    """Which positions are among the places."""
-    return _scatter(
-        jnp.zeros((places.shape[0], width), bool), places, jnp.ones_like(places, bool), _ROW
-    )
-
-
-_ROW = ("batch", None)
-
-
 def _gather(x, places, axes):
     """``x [B, T, ...]`` at each row's places; anything where there is none."""
 
@@ -266,22 +252,25 @@ def _gather(x, places, axes):
     return kernel_map(pick, (axes, _ROW), axes)(x, places)
 
 
-def _scatter(x, places, new, axes):
-    """``x [B, T, ...]`` with ``new`` at each row's places."""
+def _scatter(x, places, new, axes, at=1):
+    """``x`` with ``new [B, Q, ...]`` at each row's places of axis ``at``, 1 or 2."""
 
     def put(x, places, new):
         rows = jnp.arange(x.shape[0])[:, None]
-        return x.at[rows, places].set(new.astype(x.dtype), mode="drop")
+        index = (rows, places) if at == 1 else (rows, slice(None), places)
+        return x.at[index].set(new.astype(x.dtype), mode="drop")
 
-    return kernel_map(put, (axes, _ROW, axes), axes)(x, places, new)
+    given = axes if at == 1 else (axes[0], axes[2], axes[1], *axes[3:])
+    return kernel_map(put, (axes, _ROW, given), axes)(x, places, new)
 
 
-def _laid_out(memory: LayerMemory) -> LayerMemory:
-    """The same memory on its devices; both ways through a layer must end alike."""
-    axes = LayerMemory(_WIDE, _QUERY, _KEY, _KEY, _ROW, ("batch",))
-    return LayerMemory(
-        **{
-            field.name: constrain(getattr(memory, field.name), *getattr(axes, field.name))
-            for field in dataclasses.fields(memory)
-        }
-    )
+def _tokens_first(x):
+    """Keys or values as attention takes them, ``[B, T, G, K]``; nothing is moved."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _laid_out(hidden, q, k, v) -> dict[str, Array]:
+    """What a layer computes of a canvas, as it remembers it."""
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+    values = {"hidden": hidden, "q": q, "k": k, "v": v}
+    return {name: constrain(x, *_AXES[name]) for name, x in values.items()}

@@ -1,12 +1,15 @@
-"""``parse_rule("threshold:0.9")``: an unmasking rule from a command line."""
+"""``parse_rule("threshold:0.9")`` and ``parse_cache("elastic:gamma=0.8")``: from a command line."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 from typing import Any
 
 from ...errors import InputError
+from .caches import NoCache
+from .elastic import ElasticCache
 from .rules import (
     Dynamic,
     EntropyBounded,
@@ -72,3 +75,36 @@ def parse_rule(text: str) -> Rule:
     except ValueError:
         takes = _TAKES.get(name, "a number")
         raise InputError(f"rule={text!r}: {name} takes {takes}, not {value!r}") from None
+
+
+def parse_cache(text: str) -> str | NoCache:
+    """A cache's name as it is, or ``elastic`` with settings: ``"elastic:gamma=0.8,window=32"``.
+
+    Raises:
+        InputError: an unknown setting (with the nearest known one), or a value that does not fit.
+    """
+    name, colon, settings = (part.strip() for part in text.partition(":"))
+    if not colon:
+        return name
+    if name != ElasticCache.name:
+        raise InputError(f"cache={text!r}: {name} takes no settings")
+    defaults = {field.name: field.default for field in dataclasses.fields(ElasticCache)}
+    given: dict[str, Any] = {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = (part.strip() for part in setting.partition("="))
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            names = ", ".join(defaults)
+            raise InputError(f"cache={text!r} has no {key!r}; {hint}its settings are {names}")
+        kind = type(defaults[key])
+        try:
+            given[key] = _TRUTH[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise InputError(
+                f"cache={text!r}: {key} takes a value like {defaults[key]}, not {value!r}"
+            ) from None
+    return ElasticCache(**given)
+
+
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}

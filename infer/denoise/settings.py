@@ -13,8 +13,11 @@ from ...model.registry import decoding_of
 from ..defaults import stop_ids
 from ..request import Prompts, token_rows
 from ..rows import NO_TOKEN
-from .caches import KINDS, NoCache
-from .rules import Rule, TopQuota, stack_rules
+from .caches import BlockCache, DualCache, NoCache, PrefixCache
+from .elastic import ElasticCache
+from .rules import Rule, stack_rules
+
+KINDS = {k.name: k for k in (NoCache, PrefixCache, DualCache, ElasticCache, BlockCache)}
 
 
 def mask_of(model: Model) -> int:
@@ -68,7 +71,7 @@ def cache_of(name: str | NoCache, block_size: int | None, shift: bool) -> NoCach
     if name == "block" and block_size is None:
         raise InputError(
             "cache='block' is for models that are causal by block (model.block_size); this one "
-            "sees the whole canvas, so use 'prefix' or 'dual'"
+            "sees the whole canvas, so use 'prefix', 'dual' or 'elastic'"
         )
     if name not in ("none", "block") and block_size is not None:
         raise InputError(
@@ -108,15 +111,47 @@ def check_guidance(
     return scale
 
 
-def rule_of(rule: Rule | Sequence[Rule] | None, steps: int | None, count: int) -> Rule:
+def check_sliding(
+    kind: NoCache,
+    rule: Rule | Sequence[Rule],
+    block_length: int | None,
+    steps: int | None,
+    cfg_scale: float | Sequence[float],
+) -> None:
+    """Refuse what has no meaning where a window slides over the masks instead of blocks.
+
+    Raises:
+        InputError: names the field.
+    """
+    if not kind.slides:
+        return
+    name = f"cache={kind.name!r}"
+    for field, value in (("block_length", block_length), ("steps", steps)):
+        if value is not None:
+            raise InputError(
+                f"{field}={value} is of decoding by blocks, and {name} slides a window of "
+                f"{kind.window} masks; leave it out, or give ElasticCache(window=...)"
+            )
+    for own in [rule] if isinstance(rule, Rule) else rule:
+        if not own.has_steps:
+            continue
+        raise InputError(
+            f"rule={type(own).__name__} goes by the steps of a block, which {name} has not; use "
+            "Threshold(0.9), TopCount(1), Factor(1.0) or EntropyBounded(0.1)"
+        )
+    if np.any(np.asarray(cfg_scale) != 0):
+        raise InputError(
+            f"cfg_scale is not for {name}, which watches one canvas; use cache='dual' with it"
+        )
+
+
+def rule_of(rule: Rule | Sequence[Rule], steps: int | None, count: int) -> Rule:
     """The rule with a row for each of ``count`` prompts.
 
     Raises:
         InputError: too many or too few, different kinds, or steps for a rule that has none.
     """
-    rules = [TopQuota() if rule is None else rule] * count
-    if not (rule is None or isinstance(rule, Rule)):
-        rules = list(rule)
+    rules = [rule] * count if isinstance(rule, Rule) else list(rule)
     if len(rules) != count or not all(isinstance(r, Rule) for r in rules):
         raise InputError(f"rule={rule!r} must be one rule, or one for each of {count} prompts")
     if steps is not None and not rules[0].has_steps:

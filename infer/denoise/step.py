@@ -186,7 +186,8 @@ class Denoiser:
 
         def run_decode(params: Params, numbers: Numbers, state: Canvas, max_steps) -> Canvas:
             model = nnx.merge(self.graphdef, params)
-            step = denoise_step(model, self.kind, self.layout, numbers)
+            step = self.kind.own_step(model, self.layout, numbers)
+            step = step or denoise_step(model, self.kind, self.layout, numbers)
             return run(step, state, max_steps)
 
         return jax.jit(run_decode, donate_argnums=2)

@@ -49,10 +49,10 @@ def softmax(logits):
 
 
 def best(logits) -> tuple[np.ndarray, np.ndarray]:
-    """Each position's likeliest token and its probability, in float64."""
-    logits = np.asarray(logits, np.float64).copy()
-    logits[..., MASK] = -np.inf
-    return logits.argmax(axis=-1), softmax(logits).max(axis=-1)
+    """Each position's likeliest token but the mask and its probability, in float64."""
+    p = softmax(np.asarray(logits, np.float64))
+    p[..., MASK] = 0
+    return p.argmax(axis=-1), p.max(axis=-1)
 
 
 def fill(model, prompt, gen_length, block_length, steps, cfg=0.0):

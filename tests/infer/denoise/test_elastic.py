@@ -4,21 +4,33 @@ import dataclasses
 import functools
 import json
 import pathlib
-import sys
 
+import elastic_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import elastic_oracle as oracle
+from slow import random_model
 
 import jaxalope
-from jaxalope.infer.denoise import Threshold, TopCount
-from jaxalope.infer.denoise.elastic import ElasticCache, elastic_step, start_elastic
-from jaxalope.infer.denoise.elastic_pass import each_layer
-from jaxalope.infer.loop import run
+from jaxalope import (
+    ElasticCache,
+    Greedy,
+    InputError,
+    Temperature,
+    Threshold,
+    TopCount,
+    TopQuota,
+    denoise,
+)
+from jaxalope.infer.denoise import Progress, parse_cache
+from jaxalope.infer.denoise.draw import Numbers, decide
+from jaxalope.infer.denoise.elastic_pass import each_layer, init_memory
+from jaxalope.infer.denoise.step import Denoiser, Layout
+from jaxalope.infer.policy import stack_rows
+from jaxalope.infer.rows import NO_TOKEN
+from jaxalope.model import KimiLinearConfig, build_model
+from jaxalope.sharding import MeshConfig, abstract, make_mesh
 
 FOLDER = pathlib.Path(__file__).parents[2] / "fixtures" / "llada_tiny"
 GOLDEN = json.loads((FOLDER / "elastic.json").read_text())
@@ -51,54 +63,57 @@ class Decoded:
     sims: list  # of (step, layer, row, similarity)
 
 
-def decode(model, rows, new, settings, rule=None, *, eos=None, width=None):
+def decode(model, rows, new, kind, rule=None, *, eos=None, width=None):
     """All rows together, one step at a time, with what can be seen between steps."""
-    total = [len(row) + n for row, n in zip(rows, new, strict=True)]
-    width = width or max(total)
-    canvas = np.full((len(rows), width), 0, np.int32)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    limits = lengths + np.array(new, np.int32)
+    width, count = width or int(limits.max()), len(rows)
+    canvas = np.zeros((count, max(lengths)), np.int32)
     for i, row in enumerate(rows):
-        canvas[i, : total[i]] = [*row, *[MASK] * new[i]]
-    most = int((canvas == MASK).sum(axis=1).max())
-    stops = np.broadcast_to(np.int32(-1 if eos is None else eos), len(rows))[:, None]
-
-    def start(params, canvas, length):
-        return start_elastic(bind(params), canvas, length, settings)
-
-    def advance(params, settings, rule, state, stops):
-        step = elastic_step(bind(params), settings, rule, stops, most=most)
-        return run(step, state, 1)
-
-    def bind(params):
-        return dataclasses.replace(model, params=params).module()
-
-    trace, sims = [], []
+        canvas[i, : len(row)] = row
+    most = max(int(np.sum(np.asarray(row) == MASK)) + n for row, n in zip(rows, new, strict=True))
+    stops = np.broadcast_to(np.int32(NO_TOKEN if eos is None else eos), count)[:, None]
+    compiled, gamma = kind.traced()
+    none = np.full((count, 1), NO_TOKEN, np.int32)
+    numbers = Numbers(
+        policy=jax.tree.map(lambda x: np.repeat(x, count, 0), stack_rows([Greedy()])),
+        rule=jax.tree.map(lambda x: np.full(count, x, np.float32), rule or TopCount(1)),
+        steps=np.ones(count, np.int32),
+        guidance=np.zeros(count, np.float32),
+        stop_tokens=stops,
+        forbidden=none,
+        last=none,
+        cache=np.full(count, gamma, np.float32),
+    )
+    layout = Layout(mask=MASK, block_length=most, blocks=1, width=width)
+    decoder, trace, sims = Denoiser(model.graphdef, compiled, layout), [], []
     with model.context():
-        state = jax.jit(start)(model.params, canvas, np.array(total, np.int32))
-        step = jax.jit(advance)
+        seeds = np.zeros(count, np.uint32)
+        state = decoder.begin(model.params, canvas, lengths, limits, seeds, seeds.astype(np.int32))
         module = model.module()
         while not bool(jnp.all(state.done)):
             running = ~np.asarray(state.done)
-            state = step(model.params, settings, rule or TopCount(1), state, stops)
-            count = len(trace)
-            trace.append(
-                {
-                    "start_reset": np.asarray(state.start).tolist(),
-                    "tracked": [[int(t) for t in row if t < width] for row in state.tracked],
-                    "decoded": [[int(t) for t in row if t < width] for row in state.new],
-                    "running": running,
-                }
-            )
-            for layer, found in enumerate(each_layer(state.memory, module, "similarity")):
+            state = decoder.decode(model.params, numbers, state, 1)
+            (memory,) = state.cache
+            for layer, found in enumerate(each_layer(memory.layers, module, "similarity")):
                 sims += [
-                    (count, layer, row, float(x))
+                    (len(trace), layer, row, float(x))
                     for row, x in enumerate(found)
                     if running[row] and not np.isnan(x)
                 ]
+            trace.append(
+                {
+                    "start_reset": np.asarray(memory.start).tolist(),
+                    "tracked": [[int(t) for t in row if t < width] for row in memory.tracked],
+                    "decoded": [[int(t) for t in row if t < width] for row in memory.new],
+                    "running": running,
+                }
+            )
     tokens = np.asarray(state.tokens)
     return Decoded(
-        rows=[tokens[i, :n].tolist() for i, n in enumerate(total)],
+        rows=[tokens[i, :n].tolist() for i, n in enumerate(limits)],
         calls=np.asarray(state.calls).tolist(),
-        ratio=np.asarray(state.update_frequency(model.config.num_layers)).tolist(),
+        ratio=kind.update_frequency(state, model.config.num_layers).tolist(),
         trace=trace,
         sims=sims,
     )
@@ -233,3 +248,134 @@ def test_nothing_after_the_first_end_is_decoded():
         assert MASK in found.rows[i]
         response = found.rows[i][len(row) :]
         assert MASK not in response[: response.index(ends[i])]
+
+
+def test_the_mask_counts_in_a_confidence_as_published():
+    """The first place is surer only if the mask's share of the second is no other token's."""
+    logits = np.full((1, 2, 96), -9.0, np.float32)
+    logits[0, 0, [3, 4]] = np.log([0.6, 0.4])
+    logits[0, 1, [5, 6, MASK]] = np.log([0.5, 0.2, 0.3])
+    none, one = np.full((1, 1), NO_TOKEN, np.int32), np.ones(1, np.int32)
+    rule = TopCount(np.float32([1]))
+    numbers = Numbers(stack_rows([Greedy()]), rule, one, one * 0.0, none, none, none, one)
+    places = np.array([[0, 1]], np.int32)
+    tokens = np.full((1, 2), MASK, np.int32)
+    keys = jax.random.split(jax.random.key(0), 1)
+    progress = Progress(one, one, one)
+    token, sure, chosen, _, _ = decide(
+        numbers, logits, tokens, one * 0, places, places >= 0, keys, progress, mask=MASK
+    )
+    assert token.tolist() == [[3, 5]] and chosen.tolist() == [[True, False]]
+    np.testing.assert_allclose(sure, [[0.6, 0.5]], atol=0.01)
+
+
+def public(model, cache, **kwargs):
+    rows = [row.tolist() for row in prompts()]
+    found = denoise(
+        model, rows, gen_length=10, cache=cache, rule=kwargs.pop("rule", TopCount(1)), **kwargs
+    )
+    return [h.tokens.tolist() for h in found.history], found
+
+
+def test_denoise_reports_what_a_row_alone_needs():
+    settings = ElasticCache(gamma=0.6, window=5)
+    tokens, found = public(tiny(), settings, stop_tokens=[])
+    for i, row in enumerate(prompts()):
+        expected = alone(row, 10, settings, TopCount(1))
+        assert tokens[i] == expected.tokens.tolist()
+        assert found.nfe[i] == len(expected.steps)
+        assert found.update_frequency[i] == pytest.approx(expected.update_ratio)
+        steps = found.history[i].step
+        assert [np.flatnonzero(steps == s + 1).tolist() for s in range(len(expected.steps))] == [
+            sorted(step["decoded"]) for step in expected.steps
+        ]
+
+
+def test_eight_devices_decode_as_one():
+    """With rows, heads and vocabulary split."""
+    cache = ElasticCache(gamma=0.6, window=5)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    one, alone = public(tiny(), cache)
+    many, there = public(jaxalope.load(FOLDER, mesh=mesh), cache)
+    assert many == one
+    assert there.update_frequency == alone.update_frequency
+
+
+def test_shared_keys_and_samples():
+    """Fewer keys than queries, for which there is no golden; and draws, which depend on a row's
+    seed and on what is left to fill in."""
+    model, ask = random_model(num_kv_heads=2, num_layers=3), {"stop_tokens": []}
+    everything = ElasticCache(window=40, exact=True)
+    warm = {"policy": Temperature(1.5), "n": 2, **ask}
+    for more in (ask, warm):
+        mine, theirs = (public(model, cache, **more)[0] for cache in (everything, "none"))
+        for i in range(len(mine)):
+            # Without a window, masks of a prompt are a block of their own.
+            if MASK not in prompts()[i // more.get("n", 1)]:
+                assert mine[i] == theirs[i]
+    assert mine[0] != mine[1]
+    cache = ElasticCache(gamma=0.9, window=6)
+    cached, found = public(model, cache, **ask)
+    row = prompts()[1].tolist()
+    again = denoise(model, [row], gen_length=10, cache=cache, rule=TopCount(1), **ask)
+    assert again.history[0].tokens.tolist() == cached[1]
+    assert again.update_frequency[0] == pytest.approx(found.update_frequency[1])
+    assert 0.2 < found.update_frequency[1] < 1.2  # some layers, not all
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"gamma": -0.1}, "gamma=-0.1"),
+        ({"gamma": float("nan")}, "gamma=nan"),
+        ({"window": 0}, "window=0"),
+        ({"track_num": 0}, "track_num=0"),
+        ({"drift": "rows"}, "drift='rows'"),
+    ],
+)
+def test_settings_out_of_range(settings, named):
+    with pytest.raises(InputError, match=named):
+        ElasticCache(**settings)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"block_length": 4}, "block_length=4"),
+        ({"steps": 4, "rule": None}, "steps=4"),
+        ({"rule": TopQuota()}, "rule=TopQuota"),
+        ({"cfg_scale": 1.0}, "cfg_scale"),
+    ],
+)
+def test_what_a_sliding_window_has_no_use_for(asked, named):
+    with pytest.raises(InputError, match=named):
+        public(tiny(), "elastic", **asked)
+
+
+def test_models_that_it_is_not_for():
+    row = [[1, 2, 3]]
+    with pytest.raises(InputError, match="block_size=4"):
+        denoise(random_model(block_size=4), row, gen_length=4, cache="elastic")
+    with pytest.raises(InputError, match="logit_shift"):
+        denoise(random_model(logit_shift=True), row, gen_length=4, cache="elastic")
+    config = KimiLinearConfig.tiny()
+    graphdef, shapes, _ = abstract(lambda key: build_model(config, key))
+    kimi = jaxalope.Model(config, graphdef, shapes)
+    with pytest.raises(InputError, match="masked diffusion"):
+        denoise(kimi, row, gen_length=4, cache="elastic")
+    with pytest.raises(InputError, match="watches the attention"):
+        init_memory(kimi.module(), 1, 8, 1)
+
+
+def test_settings_on_the_command_line():
+    assert parse_cache("elastic") == "elastic"
+    asked = parse_cache("elastic:gamma=0.8, window=32,drift=keys,block_caching=false")
+    assert asked == ElasticCache(gamma=0.8, window=32, drift="keys", block_caching=False)
+    for text, named in (
+        ("elastic:windw=3", "did you mean 'window'"),
+        ("elastic:window=wide", "not 'wide'"),
+        ("elastic:exact=maybe", "not 'maybe'"),
+        ("dual:gamma=1", "dual takes no settings"),
+    ):
+        with pytest.raises(InputError, match=named):
+            parse_cache(text)
