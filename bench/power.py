@@ -43,7 +43,7 @@ def main(argv):
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     config = models.kimi_8m()
     graphdef, params = init_params(lambda key: build_model(config, key), jax.random.key(0))
-    model = Model(config, graphdef, params)
+    model = Model(config, graphdef, params).unrolled()
     prompt, total = [list(range(3, 35))], _TOKENS.value
 
     def plain():
