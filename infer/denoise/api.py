@@ -156,7 +156,8 @@ def denoise(
         decoding="masked_diffusion",
     )
     check_policy(batch.policy)
-    multiple = 1 if kind.slides else block_length
+    # Only blocks of the model itself stand at multiples of their length.
+    multiple = 1 if block_size is None else block_length
     batch = _measured(batch, rows, gen_length, multiple, n, model.batch_ways())
     origin = np.minimum(np.arange(len(batch.lengths)) // n, len(rows) - 1)
     if block_size is None:
