@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -441,45 +443,24 @@ class TestFailures:
 
 
 class TestCommandLine:
-    def convert(self, monkeypatch, capsys, *arguments):
-        import absl.flags
+    def convert(self, *arguments):
+        command = [sys.executable, "-m", "jaxalope.model.convert", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
-        from jaxalope.model import convert
-
-        absl.flags.FLAGS.unparse_flags()
-        absl.flags.FLAGS(["convert", *map(str, arguments)])
-        try:
-            convert.main(["convert"])
-        finally:
-            absl.flags.FLAGS.unparse_flags()
-            for name in ("to", "format", "dtype", "plan", "verify"):
-                absl.flags.FLAGS[name].unparse()
-        return capsys.readouterr()
-
-    def test_there_and_back(self, folder, tmp_path, monkeypatch, capsys):
-        out = self.convert(monkeypatch, capsys, f"--from={folder}", "--plan").out
-        assert "197 tensors of 3 files" in out
-        out = self.convert(
-            monkeypatch, capsys, f"--from={folder}", f"--to={tmp_path}/w", "--verify"
-        ).out
-        assert "largest difference of the logits: 0 " in out
-        self.convert(monkeypatch, capsys, f"--from={tmp_path}/w", f"--to={tmp_path}/back")
+    def test_there_and_back(self, folder, tmp_path):
+        assert "197 tensors of 3 files" in self.convert(f"--from={folder}", "--plan").stdout
+        done = self.convert(f"--from={folder}", f"--to={tmp_path}/w", "--verify")
+        assert done.returncode == 0
+        assert "largest difference of the logits: 0 " in done.stdout
+        self.convert(f"--from={tmp_path}/w", f"--to={tmp_path}/back")
         same_bytes(read_all(folder), read_all(tmp_path / "back"))
-        self.convert(
-            monkeypatch,
-            capsys,
-            f"--from={folder}",
-            f"--to={tmp_path}/wide",
-            "--format=hf",
-            "--dtype=float32",
-        )
+        self.convert(f"--from={folder}", f"--to={tmp_path}/wide", "--format=hf", "--dtype=float32")
         assert {str(x.dtype) for x in read_all(tmp_path / "wide").values()} == {"float32"}
 
-    def test_errors_end_with_a_line_and_a_status(self, tmp_path, monkeypatch, capsys):
-        with pytest.raises(SystemExit) as status:
-            self.convert(monkeypatch, capsys, f"--from={tmp_path}/nowhere", f"--to={tmp_path}/x")
-        assert status.value.code == 2
-        assert capsys.readouterr().err.startswith("error: model=")
+    def test_errors_end_with_a_line_and_a_status(self, tmp_path):
+        done = self.convert(f"--from={tmp_path}/nowhere", f"--to={tmp_path}/x")
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith("error: model=")
 
 
 def test_lazy_models_read_an_array_when_it_is_asked_for(model, tmp_path):
