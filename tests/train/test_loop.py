@@ -113,7 +113,15 @@ def test_a_signal_saves_after_the_step_and_resuming_is_bitwise(
     assert_same_params(resumed.state, result.state)
 
 
-def test_a_second_signal_is_not_caught(bigram):
+@pytest.fixture
+def usual_interrupt():
+    """Python's own handler, also where the shell that started the tests ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_is_not_caught(usual_interrupt):
     with loop.StopRequest() as stop:
         before = signal.getsignal(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
