@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..layers.decoding_heads import soft_mask
+from ..layers.decoding_heads import log_soft_mask
 from .policy import Policy, check, cool, needed, policy
 from .rows import per_row, row_map
 from .selection import check_implementation, kth_largest, mass_reached, smallest_set, total
@@ -294,8 +294,9 @@ def _distances(logits: Float[Array, "B V"], weights: Float[Array, "B V"]) -> Flo
 
 
 def _damped(logits: Array, p: Float[Array, "B"], sharpness: Float[Array, "B"]) -> Array:
-    mask = soft_mask(mass_reached(_relative(logits)), p[:, None], sharpness[:, None])
-    damped = logits + jnp.log(mask).astype(logits.dtype)
+    # In logarithms: a sharp edge damps by more than a float32 can say, and a row would be left empty.
+    damping = log_soft_mask(mass_reached(_relative(logits)), p[:, None], sharpness[:, None])
+    damped = logits + damping.astype(logits.dtype)
     return jnp.where((p >= 1)[:, None] | (logits == -jnp.inf), logits, damped)
 
 

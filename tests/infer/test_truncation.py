@@ -175,6 +175,15 @@ def test_typical_keeps_what_is_as_surprising_as_the_whole():
     np.testing.assert_array_equal(kept(Typical(0.28), logits)[0], [0] + [1] * 6 + [0] * 6)
 
 
+@pytest.mark.parametrize("sharpness", [30.0, 1e4, 1e6])
+def test_a_sharp_soft_edge_leaves_the_likeliest(sharpness):
+    """Damped by less than the smallest float32, every token still has its place."""
+    logits = jnp.asarray(0.3 * np.random.default_rng(0).normal(size=(8, 96)), jnp.float32)
+    damped = np.asarray(run(SoftTopP(1e-6, sharpness), logits))
+    assert np.isfinite(damped).all()
+    np.testing.assert_array_equal(np.argsort(-damped), np.argsort(-logits))
+
+
 def test_rows_without_a_token_stay_so():
     nothing = jnp.full((2, 40), -jnp.inf)
     stages = [TopK(3), TopP(0.5), SoftTopP(0.5), MinP(0.5), Typical(0.5), Predicted()]
