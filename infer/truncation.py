@@ -294,7 +294,7 @@ def _distances(logits: Float[Array, "B V"], weights: Float[Array, "B V"]) -> Flo
 
 
 def _damped(logits: Array, p: Float[Array, "B"], sharpness: Float[Array, "B"]) -> Array:
-    # In logarithms: a sharp edge damps by more than a float32 can say, and a row would be left empty.
+    # In logarithms: a sharp edge damps by more than a float32 can say, and would empty a row.
     damping = log_soft_mask(mass_reached(_relative(logits)), p[:, None], sharpness[:, None])
     damped = logits + damping.astype(logits.dtype)
     return jnp.where((p >= 1)[:, None] | (logits == -jnp.inf), logits, damped)

@@ -1,5 +1,7 @@
 """Floor 2: the zoo, one file a family, and how models are written down and read back."""
 
+from .calm import CALM, CALMConfig
+from .calm_autoencoder import CALMAutoencoder, CALMAutoencoderConfig
 from .gemma2 import Gemma2, Gemma2Config
 from .gpt_neox import GPTNeoX, GPTNeoXConfig
 from .handle import Model
@@ -14,7 +16,11 @@ from .retrofit import DecodingHeadsConfig, add_decoding_heads, add_retrofits, at
 from .save import save
 
 __all__ = [
+    "CALM",
     "FAMILIES",
+    "CALMAutoencoder",
+    "CALMAutoencoderConfig",
+    "CALMConfig",
     "DecodingHeadsConfig",
     "GPTNeoX",
     "GPTNeoXConfig",

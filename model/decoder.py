@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,8 @@ class Decoder(nnx.Module):
             ``block(x, cache, length=, segment_ids=, positions=)``, with
             ``init_cache(batch, max_length, dtype)``.
         final_norm: before the output head.
-        tied_head: the head is the embedding's table; without it there is ``lm_head``.
+        head: ``"own"`` is ``lm_head``, ``"tied"`` the embedding's table; ``"none"`` is of models
+            that name no token.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Decoder(nnx.Module):
         final_norm: nnx.Module,
         *,
         rngs: nnx.Rngs,
-        tied_head: bool = False,
+        head: Literal["own", "tied", "none"] = "own",
     ):
         self.config = config
         width, vocab, stddev = config.hidden_size, config.vocab_size, config.initializer_range
@@ -111,7 +112,7 @@ class Decoder(nnx.Module):
             remat=config.remat,
         )
         self.final_norm = final_norm
-        if not tied_head:
+        if head == "own":
             self.lm_head = Linear({"embed": width}, {"vocab": vocab}, rngs=rngs, stddev=stddev)
 
     def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> DecoderCache:

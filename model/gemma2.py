@@ -244,7 +244,7 @@ class Gemma2(Decoder):
 
     def __init__(self, config: Gemma2Config, *, rngs: nnx.Rngs):
         norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, unit_offset=True)
-        super().__init__(config, Gemma2Block, norm, rngs=rngs, tied_head=True)
+        super().__init__(config, Gemma2Block, norm, rngs=rngs, head="tied")
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the table times the root of the width.

@@ -13,16 +13,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..errors import InputError
-from ..layers.attention import Attention, filled
-from ..layers.mlp import SwiGLU
+from ..layers.attention import filled
 from ..layers.norm import RMSNorm
 from ..layers.segments import is_token, token_positions
 from ..sharding import constrain
 from .decoder import Decoder, DecoderCache, check_config
+from .llama import LlamaBlock
 
 _POSITIVE = (
     "vocab_size",
@@ -228,44 +227,6 @@ class LLaDAConfig:
         return 3.0 * (2 * self.num_params(embedding=self.tie_word_embeddings) + attention)
 
 
-class LLaDABlock(nnx.Module):
-    """``x + mixer(norm(x))``, then ``x + ffn(norm(x))``."""
-
-    def __init__(self, config: LLaDAConfig, kind: str, *, rngs: nnx.Rngs):
-        del kind
-        c = config
-        init = {"rngs": rngs, "stddev": c.initializer_range}
-        self.input_norm = RMSNorm(c.hidden_size, epsilon=c.rms_norm_eps)
-        self.mixer = Attention(
-            c.hidden_size,
-            c.num_attention_heads,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            rotary_dim=c.head_dim,
-            rotary_theta=c.rope_theta,
-            block=c.block_size,
-            implementation=c.attention_implementation,
-            **init,
-        )
-        self.post_norm = RMSNorm(c.hidden_size, epsilon=c.rms_norm_eps)
-        self.ffn = SwiGLU(c.hidden_size, c.intermediate_size, **init)
-
-    def init_cache(self, batch: int, max_length: int, dtype: DTypeLike):
-        """The mixer's cache."""
-        return self.mixer.init_cache(batch, max_length, dtype)
-
-    def __call__(self, x, cache=None, **context):
-        """``(x, cache, {})``; see :class:`~jaxalope.layers.stack.Stack`."""
-        mixed, cache = self.mixer(self.input_norm(x), cache, **context)
-        return self.finish(x, mixed), cache, {}
-
-    def finish(self, x: Float[Array, "B T D"], mixed: Float[Array, "B T D"]):
-        """The block's output, of its input and what the mixer made of it."""
-        x = x + mixed
-        x = x + self.ffn(self.post_norm(x))
-        return constrain(x, "batch", "seq", "embed")
-
-
 class LLaDA(Decoder):
     """The language model.
 
@@ -280,7 +241,8 @@ class LLaDA(Decoder):
 
     def __init__(self, config: LLaDAConfig, *, rngs: nnx.Rngs):
         norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
-        super().__init__(config, LLaDABlock, norm, rngs=rngs, tied_head=config.tie_word_embeddings)
+        head = "tied" if config.tie_word_embeddings else "own"
+        super().__init__(config, LlamaBlock, norm, rngs=rngs, head=head)
 
     def hidden_states(
         self,

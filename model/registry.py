@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from flax import nnx
 
 from ..errors import InputError
 from . import gemma2_weights, gpt_neox_weights, kimi_linear_weights, llada_weights
+from .calm import CALM, CALMConfig
+from .calm_autoencoder import CALMAutoencoder, CALMAutoencoderConfig
 from .exchange import Published
 from .gemma2 import Gemma2, Gemma2Config
 from .gpt_neox import GPTNeoX, GPTNeoXConfig
@@ -35,6 +38,8 @@ class Family:
 
 # Every family of the zoo is one line here.
 FAMILIES: dict[str, Family] = {
+    "calm": Family(CALMConfig, CALM),
+    "calm_autoencoder": Family(CALMAutoencoderConfig, CALMAutoencoder),
     "gemma2": Family(Gemma2Config, Gemma2, gemma2_weights.PUBLISHED),
     "gpt_neox": Family(GPTNeoXConfig, GPTNeoX, gpt_neox_weights.PUBLISHED),
     "kimi_linear": Family(KimiLinearConfig, KimiLinear, kimi_linear_weights.PUBLISHED),
@@ -58,7 +63,9 @@ def decoding_of(config: Any) -> str:
 
     ``"next_token"``: logits at a position are of the token after it. ``"masked_diffusion"``: masks
     (``config.mask_token_id``) are filled in, in any order; logits at a position are of its own
-    token, or with ``config.logit_shift`` of the next.
+    token, or with ``config.logit_shift`` of the next. ``"next_vector"``: there are no logits; the
+    next chunk's latent is drawn. ``"reconstruction"``: no text is made; the model gives back what
+    it reads.
     """
     return getattr(config, "decoding", "next_token")
 
@@ -89,5 +96,12 @@ def config_from_dict(values: dict[str, Any]) -> Any:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(f"model.{name} is no field of {family!r}{hint}")
-    # JSON has lists only; every sequence field of a configuration is a tuple.
-    return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    hints = typing.get_type_hints(config_type)
+    return config_type(**{name: _from_json(v, hints[name]) for name, v in values.items()})
+
+
+def _from_json(value: Any, hint: Any) -> Any:
+    """A field's value: JSON has lists for tuples, and objects for configurations of parts."""
+    if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+        return hint(**{name: _from_json(v, Any) for name, v in value.items()})
+    return tuple(value) if isinstance(value, list) else value

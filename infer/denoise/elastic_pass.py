@@ -123,7 +123,7 @@ def elastic_pass(
     Args:
         model: a decoder whose blocks have an ``input_norm``, an
             :class:`~jaxalope.layers.attention.Attention` as ``mixer``, and ``finish``; see
-            :class:`~jaxalope.model.llada.LLaDABlock`.
+            :class:`~jaxalope.model.llama.LlamaBlock`.
         memory: of the calls before.
         ask: what to compute.
         track_num: tokens that each layer proposes to track.
