@@ -25,7 +25,7 @@ import report
 from absl import app, flags
 from flax import nnx
 
-from jaxalope.configs.experiment import AutoDeco
+from jaxalope.configs.objectives import AutoDeco
 from jaxalope.layers.decoding_heads import DecodingHeads, soft_top_p
 from jaxalope.model import KimiLinearConfig, Model, add_decoding_heads, build_model
 from jaxalope.sharding import init_params, split

@@ -24,7 +24,7 @@ from absl import app, flags
 
 from jaxalope import Greedy, Model, generate
 from jaxalope.configs import get_experiment
-from jaxalope.configs.experiment import AdamW, Constant
+from jaxalope.configs.optimizers import AdamW, Constant
 from jaxalope.model import build_model
 from jaxalope.sharding import init_params
 from jaxalope.train.step import init_state, make_train_step

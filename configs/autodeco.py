@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from ..model.retrofit import DecodingHeadsConfig
-from .experiment import AdamW, AutoDeco, CheckpointConfig, Constant, Experiment, TrainConfig
+from .experiment import CheckpointConfig, Experiment, TrainConfig
 from .kimi_linear import demo
+from .objectives import AutoDeco
+from .optimizers import AdamW, Constant
 
 
 def autodeco_demo() -> Experiment:

@@ -12,15 +12,9 @@ import dataclasses
 
 from ..data.config import DataConfig, SourceConfig
 from ..model.llada import LLaDAConfig
-from .experiment import (
-    WSD,
-    AdamW,
-    CheckpointConfig,
-    Experiment,
-    MaskedDiffusion,
-    NextToken,
-    TrainConfig,
-)
+from .experiment import CheckpointConfig, Experiment, TrainConfig
+from .objectives import MaskedDiffusion, NextToken
+from .optimizers import WSD, AdamW
 
 
 def dlm_crossover() -> Experiment:

@@ -7,14 +7,8 @@ import dataclasses
 from ..data.config import DataConfig, SourceConfig
 from ..model.gemma2 import Gemma2Config
 from ..sharding import MeshConfig
-from .experiment import (
-    WSD,
-    AdamW,
-    CheckpointConfig,
-    Cosine,
-    Experiment,
-    TrainConfig,
-)
+from .experiment import CheckpointConfig, Experiment, TrainConfig
+from .optimizers import WSD, AdamW, Cosine
 
 
 def gemma2_tiny() -> Experiment:

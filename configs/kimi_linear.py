@@ -12,7 +12,9 @@ import dataclasses
 from ..data.config import DataConfig, SourceConfig
 from ..model.kimi_linear import KimiLinearConfig
 from ..sharding import MeshConfig
-from .experiment import WSD, CheckpointConfig, Experiment, Muon, NextToken, TrainConfig
+from .experiment import CheckpointConfig, Experiment, TrainConfig
+from .objectives import NextToken
+from .optimizers import WSD, Muon
 
 
 def tiny() -> Experiment:

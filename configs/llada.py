@@ -10,16 +10,9 @@ import dataclasses
 from ..data.config import DataConfig, SourceConfig
 from ..model.llada import LLaDAConfig
 from ..sharding import MeshConfig
-from .experiment import (
-    WSD,
-    AdamW,
-    BlockDiffusion,
-    CheckpointConfig,
-    Experiment,
-    MaskedDiffusion,
-    Muon,
-    TrainConfig,
-)
+from .experiment import CheckpointConfig, Experiment, TrainConfig
+from .objectives import BlockDiffusion, MaskedDiffusion
+from .optimizers import WSD, AdamW, Muon
 
 
 def llada_tiny() -> Experiment:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from ..model.lora import LoRAConfig
-from .experiment import AdamW, CheckpointConfig, Constant, Experiment, TrainConfig
+from .experiment import CheckpointConfig, Experiment, TrainConfig
 from .kimi_linear import demo
+from .optimizers import AdamW, Constant
 
 
 def lora_demo() -> Experiment:

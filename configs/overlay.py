@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from . import fields
+from .experiment import with_part
 
 
 @dataclasses.dataclass
@@ -25,12 +26,14 @@ def overlay(value: Any, settings: Sequence[str]) -> Any:
     All are applied before anything is validated, so that two fields which must agree can be changed
     together; of two settings of one field the later wins. ``optimizer=adamw`` picks another
     alternative, whose fields can be set in the same call. ``data.sources.0.path=x`` reaches into a
-    tuple; one past its end appends.
+    tuple; one past its end appends. ``model.autoencoder=SOURCE`` takes a part of the model, and its
+    configuration, from another run (:func:`~.experiment.with_part`), before all else.
 
     Raises:
         InputError: no ``=``, an unknown field (the nearest one is suggested), or a value that the
             field's type does not admit (the type wanted is named).
     """
+    value, settings = _with_parts(value, settings)
     root = _Change()
     for setting in settings:
         path, equals, text = setting.partition("=")
@@ -42,6 +45,19 @@ def overlay(value: Any, settings: Sequence[str]) -> Any:
             node = node.below.setdefault(key, _Change())
         node.text, node.below = text, {}
     return _apply(value, root, type(value), "", value)
+
+
+def _with_parts(value: Any, settings: Sequence[str]) -> tuple[Any, list[str]]:
+    """``value`` with the parts that ``model.autoencoder=SOURCE`` names, and all other settings."""
+    others = []
+    for setting in settings:
+        path, _, source = setting.partition("=")
+        owner, _, name = path.strip().partition(".")
+        if owner == "model" and name in getattr(getattr(value, "model", None), "PARTS", ()):
+            value = with_part(value, name, source)
+        else:
+            others.append(setting)
+    return value, others
 
 
 def paths(value: Any, prefix: str = "") -> Iterator[str]:

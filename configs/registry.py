@@ -9,7 +9,7 @@ from collections.abc import Callable
 from etils import epath
 
 from ..errors import InputError
-from . import autodeco, dlm_crossover, fields, gemma2, gpt_neox, kimi_linear, llada, lora
+from . import autodeco, calm, dlm_crossover, fields, gemma2, gpt_neox, kimi_linear, llada, lora
 from .experiment import Experiment, experiment_from_dict
 
 # Every named experiment is a function without arguments, listed here under its own name.
@@ -44,6 +44,19 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
         llada.llada_block_demo,
         llada.llada_8b,
         llada.llada_8b_sft,
+        calm.calm_autoencoder_tiny,
+        calm.calm_autoencoder_demo,
+        calm.calm_tiny,
+        calm.calm_demo,
+        calm.calm_ar_demo,
+        calm.calm_autoencoder,
+        calm.calm_s,
+        calm.calm_m,
+        calm.calm_l,
+        calm.calm_xl,
+        calm.calm_ar_s,
+        calm.calm_ar_m,
+        calm.calm_ar_l,
         dlm_crossover.dlm_crossover,
         dlm_crossover.dlm_crossover_ar,
         dlm_crossover.dlm_crossover_gpu,

@@ -70,6 +70,8 @@ class DataConfig:
       tokenizer: `"bytes"`, or what `load_tokenizer` takes.
       packing: `"concat"` cuts the joined documents every T tokens and wastes none; `"first_fit"`
         keeps documents of at most T tokens whole and pads.
+      align: every document is filled up with the padding id to a multiple of this many tokens. They
+        are tokens of it, so that a model that reads chunks has one document in each.
       add_bos: start every document with the tokenizer's BOS. (EOS ends every document if there is
         one.)
       seed: order of the documents and of the mixture, below 2**32.
@@ -89,6 +91,7 @@ class DataConfig:
     holdout_fraction: float = 0.05
     tokenizer: str = "bytes"
     packing: str = "concat"
+    align: int = 1
     add_bos: bool = False
     seed: int = 0
     shuffle: bool = True
@@ -114,6 +117,12 @@ class DataConfig:
         _require(bool(self.tokenizer), "tokenizer", self.tokenizer, 'use "bytes" or a path.')
         _require(
             self.packing in PACKINGS, "packing", self.packing, f"use one of {', '.join(PACKINGS)}."
+        )
+        _require(
+            self.align >= 1 and self.sequence_length % self.align == 0,
+            "align",
+            self.align,
+            f"it has to divide sequence_length={self.sequence_length}; 1 fills nothing up.",
         )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "use 0 to 2**32 - 1.")
         _require(

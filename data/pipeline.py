@@ -86,6 +86,8 @@ class Pipeline:
             "num_streams": num_streams,
             "packing": config.packing,
             "add_bos": config.add_bos,
+            # Absent from states that were written before there was such a thing.
+            **({"align": config.align} if config.align > 1 else {}),
             "seed": config.seed,
             "shuffle": config.shuffle,
             "tokenizer": tokenizer.fingerprint,

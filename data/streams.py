@@ -35,7 +35,7 @@ def open_sources(config: DataConfig, split: Split) -> list[tuple[SourceConfig, S
 
 
 def encoder(config: DataConfig, tokenizer: Tokenizer) -> Callable[[Document], Tokens]:
-    """Document -> Tokens, with the tokens that begin and end a text; an empty text has none."""
+    """Document -> Tokens, with those that begin, end and fill up a text; an empty one has none."""
     if config.add_bos and tokenizer.bos_id is None:
         raise InputError(
             f"data: add_bos=True, but the tokenizer {config.tokenizer!r} has no BOS. "
@@ -46,6 +46,7 @@ def encoder(config: DataConfig, tokenizer: Tokenizer) -> Callable[[Document], To
 
     def encode(document):
         ids = [*begin, *tokenizer.encode(document.text), *end] if document.text else []
+        ids += [pad_id(tokenizer)] * (-len(ids) % config.align)
         return Tokens(document.name, np.array(ids, np.int32))
 
     return encode

@@ -157,12 +157,17 @@ def soft_top_p_mask(probs: PerEntry, top_p: PerToken, sharpness: PerToken = 30.0
     _check(top_p, sharpness)
     order = jnp.argsort(-probs, axis=-1, stable=True)
     mass = jnp.cumsum(jnp.take_along_axis(probs, order, axis=-1), axis=-1)
-    mask = jnp.exp(log_soft_mask(mass, *(jnp.asarray(x)[..., None] for x in (top_p, sharpness))))
+    mask = soft_mask(mass, *(jnp.asarray(x)[..., None] for x in (top_p, sharpness)))
     return jnp.take_along_axis(mask, jnp.argsort(order, axis=-1), axis=-1)
 
 
+def soft_mask(mass: Array, top_p: Array, sharpness: Array | float) -> Array:
+    """The mask of tokens by the mass up to and including them."""
+    return jnp.exp(log_soft_mask(mass, top_p, sharpness))
+
+
 def log_soft_mask(mass: Array, top_p: Array, sharpness: Array | float) -> Array:
-    """The logarithm of the mask of tokens by the mass up to and including them: finite always."""
+    """The logarithm of :func:`soft_mask`: finite where that is too small for a float32."""
     # A rounded sum may exceed 1, of which the sharpness would make a visible mask at top_p = 1.
     return -sharpness * jnp.maximum(jnp.minimum(mass, 1) - top_p, 0)
 

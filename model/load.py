@@ -20,7 +20,7 @@ from .exchange import Lazy, Origin, hub
 from .generation_defaults import GenerationDefaults
 from .handle import Model
 from .int8 import as_stored, is_int8
-from .published import is_published, open_published
+from .published import is_published, open_published, read_config
 from .registry import config_from_dict
 from .retrofit import build, retrofits_from_list
 
@@ -92,6 +92,18 @@ def open_lazily(path: epath.PathLike, *, step: int | None = None, ema: bool = Fa
         return Lazy(x.shape, np.dtype(x.dtype), read)
 
     return dataclasses.replace(model, params=jax.tree.map_with_path(lazy, model.params))
+
+
+def saved_config(path: epath.PathLike, field: str = "model") -> Any:
+    """The configuration of the model that ``path`` names, as :func:`load` would find it.
+
+    Raises:
+        InputError: there is none; ``field`` is what the message calls it.
+    """
+    directory = locate(path, field)
+    if is_published(directory):
+        return read_config(directory)[0]
+    return config_from_dict(read_document(directory, "experiment")["model"])
 
 
 def _open_workdir(

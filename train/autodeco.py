@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..configs.experiment import AutoDeco
+from ..configs.objectives import AutoDeco
 from ..layers.decoding_heads import soft_mask
 from ..sharding import constrain
 from .layout import split_rows

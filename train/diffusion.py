@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..configs.experiment import BlockDiffusion, MaskedDiffusion
+from ..configs.objectives import BlockDiffusion, MaskedDiffusion
 from ..sharding import constrain
 from .cross_entropy import cross_entropy
 from .noise import add_noise

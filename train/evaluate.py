@@ -12,6 +12,7 @@ from flax import nnx
 from ..configs.experiment import Experiment
 from ..data.pipeline import eval_batches
 from ..data.tokenizers import ByteTokenizer, Tokenizer
+from ..model.registry import decoding_of
 from ..sharding import Params
 from .feed import Feed
 from .step import TrainState, make_eval_step, summarise
@@ -29,8 +30,9 @@ def make_evaluation(
     """A function from a state to its held-out numbers, on the same batches every time.
 
     They are ``eval_loss`` and the objective's own metrics as means per token,
-    ``eval_perplexity``, ``eval_bits_per_byte`` where tokens are bytes, and all of them as
-    ``eval_ema_*`` for the average of the parameters, if there is one.
+    ``eval_perplexity`` and, where tokens are bytes, ``eval_bits_per_byte`` of objectives that are
+    likelihoods or bounds on them, and all of them as ``eval_ema_*`` for the average of the
+    parameters, if there is one.
 
     Args:
         experiment: its settings.
@@ -48,6 +50,8 @@ def make_evaluation(
     batches = list(eval_batches(rows, tokenizer, experiment.train.eval_batches * parts, *share))
     eval_step = make_eval_step(experiment, graphdef)
     in_bytes = isinstance(tokenizer, ByteTokenizer)
+    # A vector's loss is a distance, and a text that was read is given back for nothing.
+    likelihood = decoding_of(experiment.model) not in ("next_vector", "reconstruction")
 
     def measure(params: Params) -> dict[str, float]:
         total = None
@@ -55,10 +59,11 @@ def make_evaluation(
             sums = eval_step(params, feed.put(batch), number)
             total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
         means = {k: float(v) for k, v in jax.device_get(summarise(total)).items() if k != "weight"}
-        nll = means.get("nll", means["loss"])
-        means["perplexity"] = math.exp(nll) if nll < 700 else math.inf
-        if in_bytes:
-            means["bits_per_byte"] = nll / math.log(2)
+        if likelihood:
+            nll = means.get("nll", means["loss"])
+            means["perplexity"] = math.exp(nll) if nll < 700 else math.inf
+            if in_bytes:
+                means["bits_per_byte"] = nll / math.log(2)
         return means
 
     def evaluate(state: TrainState) -> dict[str, float]:

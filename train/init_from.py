@@ -9,11 +9,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from ..configs.experiment import AutoDeco, Experiment
+from ..configs.experiment import Experiment, Part
+from ..configs.objectives import AutoDeco
 from ..data.tokenizers import load_tokenizer
 from ..errors import InputError
 from ..model.checkpoint import document_dir, has_document, read_document, restore_params
-from ..model.load import locate
+from ..model.load import locate, saved_config
 from ..model.published import (
     is_published,
     load_into,
@@ -36,6 +37,11 @@ def check_source(experiment: Experiment, workdir: epath.PathLike) -> None:
     """
     if (epath.Path(workdir).expanduser() / CHECKPOINTS).exists():
         return
+    for part in experiment.parts:
+        field, config = f"model.{part.name}", getattr(experiment.model, part.name)
+        _check_part(part, config)
+        saved = _tokenizer_of(locate(part.source, field))
+        _check_tokenizer(saved, experiment, f"{field}={part.source!r}")
     path = experiment.init_from
     if path is None:
         if isinstance(experiment.objective, AutoDeco):
@@ -48,18 +54,49 @@ def check_source(experiment: Experiment, workdir: epath.PathLike) -> None:
     if is_published(source):
         _published_differences(source, experiment)
         plan_into(source, experiment.model, {})
-        saved = tokenizer_of(source)
-        if saved is None:
-            return
     else:
         _base_names(experiment, source)
-        saved = document_dir(source) / TOKENIZER
+    _check_tokenizer(_tokenizer_of(source), experiment, f"init_from={path!r}")
+
+
+def _tokenizer_of(source: epath.Path) -> epath.Path | None:
+    return tokenizer_of(source) if is_published(source) else document_dir(source) / TOKENIZER
+
+
+def _check_tokenizer(saved: epath.Path | None, experiment: Experiment, of: str) -> None:
+    if saved is None:
+        return
     theirs, ours = load_tokenizer(saved), load_tokenizer(experiment.data.tokenizer)
     if theirs.fingerprint != ours.fingerprint:
         raise InputError(
-            f"data.tokenizer={experiment.data.tokenizer!r} is not the tokenizer of init_from="
-            f"{path!r}, for whose model ids mean something else; set data.tokenizer={str(saved)!r}"
+            f"data.tokenizer={experiment.data.tokenizer!r} is not the tokenizer of {of}, for whose "
+            f"model ids mean something else; set data.tokenizer={str(saved)!r}"
         )
+
+
+def _check_part(part: Part, config: Any) -> None:
+    """Raise an InputError unless the source's model is of this configuration."""
+    theirs, ours = (
+        config_to_dict(c) for c in (saved_config(part.source, f"model.{part.name}"), config)
+    )
+    # How it is run may differ.
+    fields = [n for n in dict.fromkeys([*theirs, *ours]) if n != "dtype"]
+    others = [n for n in fields if theirs.get(n) != ours.get(n)]
+    if others:
+        raise InputError(
+            f"model.{part.name}.{others[0]}={ours.get(others[0])!r} is {theirs.get(others[0])!r} "
+            f"in {part.source!r}; leave it as it is there, or take another {part.name}"
+        )
+
+
+def _load_part(part: Part, config: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The part's parameters, by their names in the whole model."""
+    _check_part(part, config)
+    prefix = f"{part.name}."
+    own = {n.removeprefix(prefix): x for n, x in wanted.items() if n.startswith(prefix)}
+    source = locate(part.source, f"model.{part.name}")
+    found = load_into(source, config, own) if is_published(source) else restore_params(source, own)
+    return {f"{prefix}{name}": x for name, x in found.items()}
 
 
 def generation_of(experiment: Experiment) -> dict[str, Any]:
@@ -74,10 +111,10 @@ def generation_of(experiment: Experiment) -> dict[str, Any]:
 
 
 def load_base(experiment: Experiment, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the model that ``experiment.init_from`` names, by name.
+    """Parameters of the models that ``experiment.init_from`` and its parts name, by name.
 
     Args:
-        experiment: its ``init_from``, a workdir or a published model, is not None.
+        experiment: what it begins with; {} if nothing.
         wanted: its parameters, as ``ShapeDtypeStruct`` with shardings; those that the other model
             has are loaded so.
 
@@ -85,6 +122,13 @@ def load_base(experiment: Experiment, wanted: Mapping[str, Any]) -> dict[str, An
         InputError: there is no such model, it has a retrofit that this experiment lacks, or it has
             other parameters; names the fields of the configuration, or the tensors, that differ.
     """
+    base = {} if experiment.init_from is None else _load_model(experiment, wanted)
+    for part in experiment.parts:
+        base |= _load_part(part, getattr(experiment.model, part.name), wanted)
+    return base
+
+
+def _load_model(experiment: Experiment, wanted: Mapping[str, Any]) -> dict[str, Any]:
     source = locate(experiment.init_from, "init_from")
     if is_published(source):
         names, fields = [], _published_differences(source, experiment)

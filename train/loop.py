@@ -22,6 +22,7 @@ from .init_from import check_source
 from .interrupt import StopRequest
 from .ledger import Ledger, NonFiniteLoss
 from .metrics import Console, MetricsWriter
+from .parts import check_parts
 from .plots import write_loss_picture
 from .profiling import Profiler
 from .step import TrainState, abstract_state, init_state, make_train_step
@@ -146,6 +147,8 @@ def train(
 
         train_step = make_train_step(experiment, graphdef)
         batch = next(feed)
+        if restored is None:
+            check_parts(experiment, graphdef, state.params, batch)
         while True:
             profiler.before(step)
             state, metrics = train_step(state, batch)

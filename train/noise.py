@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ..configs.experiment import BlockDiffusion, MaskedDiffusion
+from ..configs.objectives import BlockDiffusion, MaskedDiffusion
 from ..layers.segments import is_token, segment_index, token_positions
 from ..sharding import constrain, kernel_map
 from .sums import Batch

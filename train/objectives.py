@@ -9,25 +9,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..configs.experiment import (
+from ..configs.objectives import (
     AutoDeco,
     BlockDiffusion,
     MaskedDiffusion,
     NextToken,
+    NextVector,
     Objective,
+    Reconstruction,
 )
 from .autodeco import autodeco
 from .cross_entropy import cross_entropy
 from .diffusion import diffusion
+from .next_vector import next_vector
 from .noise import add_noise
+from .reconstruction import reconstruction
 from .sums import Batch, Sums, shift, with_row_keys
 
 ObjectiveFn = Callable[[nnx.Module, Batch, jax.Array], Sums]
 DrawFn = Callable[[nnx.Module, Batch, jax.Array], Batch]
 
 
-def make_objective(config: Objective) -> ObjectiveFn:
-    """The function that these settings describe."""
+def make_objective(config: Objective, training: bool = True) -> ObjectiveFn:
+    """The function that these settings describe; ``training`` is False for an evaluation."""
     match config:
         case NextToken():
             return functools.partial(next_token, config)
@@ -35,6 +39,10 @@ def make_objective(config: Objective) -> ObjectiveFn:
             return functools.partial(autodeco, config)
         case MaskedDiffusion() | BlockDiffusion():
             return functools.partial(diffusion, config)
+        case Reconstruction():
+            return functools.partial(reconstruction, config, training=training)
+        case NextVector():
+            return functools.partial(next_vector, config)
     raise TypeError(f"no objective for {config!r}")
 
 

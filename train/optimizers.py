@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..configs.experiment import AdamW, Muon
+from ..configs.optimizers import AdamW, Muon
 from ..errors import InputError
 from ..sharding import Params, param_axes, path_name
 from .muon import Matrix, as_matrix, scale_by_muon

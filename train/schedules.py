@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
-from ..configs.experiment import WSD, Constant, Cosine, Linear, Schedule
+from ..configs.optimizers import WSD, Constant, Cosine, Linear, Schedule
 
 
 def make_schedule(schedule: Schedule, steps: int) -> optax.Schedule:

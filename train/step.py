@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
-from ..configs.experiment import AutoDeco, Experiment
+from ..configs.experiment import Experiment
+from ..configs.objectives import AutoDeco, NextVector
 from ..errors import InputError
 from ..model.registry import build_model
 from ..model.retrofit import attach
@@ -85,7 +86,7 @@ def init_state(
     """
     graphdef, abstract = abstract_state(experiment, mesh, build=build)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    base = {} if experiment.init_from is None else load_base(experiment, flatten(abstract.params))
+    base = load_base(experiment, flatten(abstract.params))
     # What is loaded is handed through; only what is new is drawn.
     init = jax.jit(
         _init_fn(experiment, build),
@@ -352,6 +353,15 @@ def _place_moments(opt_state: Any, info: Mapping[str, ParamInfo]) -> Any:
 
 def _trained(experiment: Experiment, info: Mapping[str, ParamInfo], flat: Mapping[str, Any]):
     names = trainable(info, experiment.optimizer.trainable)
+    if isinstance(experiment.objective, NextVector):
+        # As below; and what an autoencoder makes of a chunk must stay what the head is taught.
+        others = [n for n in names if n.startswith("autoencoder.")]
+        if others:
+            raise InputError(
+                f"optimizer.trainable={experiment.optimizer.trainable!r} would train {others[0]}, "
+                "and objective=next_vector leaves the autoencoder as it is; set "
+                r"optimizer.trainable='(?!autoencoder\.).*'"
+            )
     if isinstance(experiment.objective, AutoDeco):
         # The objective has no gradient for them; weight decay would still move them.
         others = [n for n in names if not n.startswith("decoding_heads.")]
@@ -388,7 +398,8 @@ def make_eval_step(
 
     Random objectives draw the same numbers at every evaluation, others for each ``number``.
     """
-    objective, draw = make_objective(experiment.objective), make_draw(experiment.objective)
+    objective = make_objective(experiment.objective, training=False)
+    draw = make_draw(experiment.objective)
 
     def eval_step(params: Params, batch: Batch, number: int = 0) -> dict[str, jax.Array]:
         model, key = nnx.merge(graphdef, params), _data_key(experiment.train.seed)

@@ -12,7 +12,7 @@ the gradient likewise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -61,9 +61,26 @@ def with_row_keys(batch: Batch, key: jax.Array) -> Batch:
 def row_uniform(batch: Batch, key: jax.Array) -> Float[Array, "B T"]:
     """A number in [0, 1) for every token, by the batch's row keys (made of ``key`` if absent)."""
     length = batch["tokens"].shape[1]
+    return row_draw(batch, key, lambda key: jax.random.uniform(key, (length,)))
+
+
+def row_draw(batch: Batch, key: jax.Array, draw: Callable[[jax.Array], Any], tag: int = 0) -> Any:
+    """``draw(key)`` of every row, ``[T, ...]`` arrays stacked to ``[B, T, ...]``.
+
+    Args:
+        batch: whose row keys are used, made of ``key`` if absent.
+        key: see there.
+        draw: of one row.
+        tag: of draws that differ from those with another.
+    """
     keys = (batch if "row_keys" in batch else with_row_keys(batch, key))["row_keys"]
-    draw = jax.vmap(lambda data: jax.random.uniform(jax.random.wrap_key_data(data), (length,)))
-    return constrain(draw(keys), "batch", "seq")
+
+    def one(data):
+        key = jax.random.wrap_key_data(data)
+        return draw(jax.random.fold_in(key, tag) if tag else key)
+
+    drawn = jax.vmap(one)(constrain(keys, "batch", None))
+    return jax.tree.map(lambda x: constrain(x, "batch", "seq", *(None,) * (x.ndim - 2)), drawn)
 
 
 def num_chunks(

@@ -121,26 +121,23 @@ class DiffusionHead(nnx.Module):
         indices = jnp.arange(self.num_steps - 1, -1, -1)
         return jax.lax.scan(step, noise[0], (indices, added))[0]
 
-    def loss(
-        self,
-        hidden: Float[Array, "B L D"],
-        latents: Float[Array, "B M Z"],
-        key: jax.Array,
-    ) -> Float[Array, "B M"]:
-        """Mean squared error of the noise at a random time, plus the bound, for each latent."""
+    def loss_noise(
+        self, key: jax.Array, shape: tuple[int, ...]
+    ) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+        """What :meth:`loss` draws for ``shape`` latents: times below 1000, and noise."""
         time_key, noise_key = jax.random.split(key)
-        time = jax.random.randint(time_key, latents.shape[:2], 0, NUM_TIMES)
-        noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
-        return self.loss_at(hidden, latents, time, noise)
+        time = jax.random.randint(time_key, shape, 0, NUM_TIMES)
+        noise = jax.random.normal(noise_key, (*shape, self.noise_shape[-1]), jnp.float32)
+        return time, noise
 
-    def loss_at(
+    def loss(
         self,
         hidden: Float[Array, "B L D"],
         latents: Float[Array, "B M Z"],
         time: Int[Array, "B M"],
         noise: Float[Array, "B M Z"],
     ) -> Float[Array, "B M"]:
-        """:meth:`loss` at these times, with this noise.
+        """Mean squared error of the noise at these times, plus the bound on the likelihood.
 
         The bound trains the variances alone.
         """

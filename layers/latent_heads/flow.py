@@ -66,26 +66,21 @@ class FlowHead(nnx.Module):
 
         return jax.lax.scan(step, noise, jnp.arange(self.num_steps, dtype=jnp.float32))[0]
 
-    def loss(
-        self,
-        hidden: Float[Array, "B L D"],
-        latents: Float[Array, "B M Z"],
-        key: jax.Array,
-    ) -> Float[Array, "B M"]:
-        """Mean squared error of the velocity at a random time, for each latent."""
+    def loss_noise(
+        self, key: jax.Array, shape: tuple[int, ...]
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """What :meth:`loss` draws for ``shape`` latents: times in [0, 1), and noise."""
         time_key, noise_key = jax.random.split(key)
-        time = jax.random.uniform(time_key, latents.shape[:2])
-        noise = self.noise(noise_key, latents.shape[:2])
-        return self.loss_at(hidden, latents, time, noise)
+        return jax.random.uniform(time_key, shape), self.noise(noise_key, shape)
 
-    def loss_at(
+    def loss(
         self,
         hidden: Float[Array, "B L D"],
         latents: Float[Array, "B M Z"],
         time: Float[Array, "B M"],
         noise: Float[Array, "B M Z"],
     ) -> Float[Array, "B M"]:
-        """:meth:`loss` at these times, from this noise."""
+        """Mean squared error of the velocity at these times, from this noise."""
         t = time[..., None]
         velocity = self._velocity((1 - t) * noise + t * latents, time, hidden)
         return jnp.mean(jnp.square(velocity - (latents - noise)), axis=-1)

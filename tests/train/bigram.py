@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalope.configs.experiment import WSD, AdamW, CheckpointConfig, Experiment, TrainConfig
+from jaxalope.configs.experiment import CheckpointConfig, Experiment, TrainConfig
+from jaxalope.configs.optimizers import WSD, AdamW
 from jaxalope.data.config import DataConfig
 from jaxalope.model import registry
 from jaxalope.sharding import constrain, einsum, take

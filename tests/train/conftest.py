@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxalope.configs.experiment import WSD, AdamW, Experiment, TrainConfig
+from jaxalope.configs.experiment import Experiment, TrainConfig
+from jaxalope.configs.optimizers import WSD, AdamW
 from jaxalope.data.config import DataConfig
 from jaxalope.sharding import constrain, einsum, take
 
