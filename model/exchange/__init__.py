@@ -4,7 +4,8 @@ Knows no family: each has its table in a file beside its model.
 """
 
 from .configs import check_fields, compute_dtype, rope_theta
-from .files import Stored, read_directory, read_header
+from .directory import read_directory
+from .files import Stored, read_header
 from .origin import Origin
 from .read import Lazy, LoadPlan, fill, plan
 from .table import Leaf, Piece, Published, Rule, layout_of_model, match

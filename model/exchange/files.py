@@ -1,4 +1,4 @@
-"""Safetensors on disk: what a directory holds, slices of tensors, files written as a stream.
+"""Tensors in files, a slice at a time; safetensors, read and written as a stream.
 
 Reading maps one tensor at a time and copies the slice that is asked for; writing holds one tensor.
 So neither needs memory for a shard, let alone for a model.
@@ -49,16 +49,19 @@ class Stored:
     """Where one published tensor lies.
 
     Attributes:
-        file: the safetensors file.
+        file: the file.
         dtype: its dtype there.
         shape: its shape there.
         start: first byte, counted from the beginning of the file.
+        strides: elements from one entry of each dimension to the next; None where the last
+            dimension is the innermost one and nothing lies between.
     """
 
     file: epath.Path
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -72,57 +75,26 @@ class Stored:
         go of them then.
         """
         whole = (slice(None),) * len(self.shape)
-        index = whole if index is None else index
+        spans = [range(n)[s] for n, s in zip(self.shape, index or whole, strict=True)]
+        shape = tuple(map(len, spans))
+        if 0 in shape:
+            return np.zeros(shape, self.dtype)
+        strides = self.strides
+        if strides is None:
+            strides = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
+        size = self.dtype.itemsize
+        # One range of bytes has them all, from the first value to the last.
+        first = sum(span.start * step for span, step in zip(spans, strides, strict=True))
+        last = sum(span[-1] * step for span, step in zip(spans, strides, strict=True))
+        start, count = self.start + first * size, (last - first + 1) * size
         if "://" not in str(self.file):
-            raw = np.memmap(self.file, np.uint8, "r", self.start, (self.nbytes,))
-            return raw.view(self.dtype).reshape(self.shape)[(*index, ...)].view(np.ndarray)
-        # Somewhere that is opened, not mapped: the rows that are asked for are one range of bytes.
-        first = range(self.shape[0])[index[0]] if self.shape else range(1)
-        row = self.nbytes // max(self.shape[0] if self.shape else 1, 1)
-        with self.file.open("rb") as file:
-            file.seek(self.start + first.start * row)
-            raw = np.frombuffer(file.read(len(first) * row), self.dtype)
-        values = raw.reshape((len(first), *self.shape[1:]) if self.shape else ())
-        return values[(slice(None), *index[1:])[: values.ndim]]
-
-
-def read_directory(directory: epath.Path) -> dict[str, Stored]:
-    """Every tensor of a published directory, by name.
-
-    One file, or as many as ``model.safetensors.index.json`` names, or every ``*.safetensors`` there
-    is. Only headers are read.
-
-    Raises:
-        InputError: there is none, one is damaged or missing, or the index and the files disagree.
-    """
-    index = directory / INDEX
-    if not index.exists():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise InputError(_no_weights(directory))
-        found: dict[str, Stored] = {}
-        for file in files:
-            found |= read_header(file)
-        return found
-    try:
-        listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index} is no index of weights ({error}); fetch it again") from error
-    absent = sorted(name for name in set(listed.values()) if not (directory / name).exists())
-    if absent:
-        raise InputError(
-            f"{index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not "
-            "there; fetch the missing files (the download may have stopped early)"
-        )
-    headers = {name: read_header(directory / name) for name in sorted(set(listed.values()))}
-    wrong = sorted(tensor for tensor, name in listed.items() if tensor not in headers[name])
-    if wrong:
-        raise InputError(
-            f"{index} says that {listed[wrong[0]]} holds {wrong[0]}, which it does not "
-            f"({len(wrong)} such tensors); index and files are of different versions: fetch both "
-            "again"
-        )
-    return {tensor: headers[name][tensor] for tensor, name in listed.items()}
+            raw = np.memmap(self.file, np.uint8, "r", start, (count,))
+        else:
+            with self.file.open("rb") as file:
+                file.seek(start)
+                raw = file.read(count)
+        steps = [step * span.step * size for span, step in zip(spans, strides, strict=True)]
+        return np.ndarray(shape, self.dtype, raw, strides=steps)
 
 
 def read_header(file: epath.Path) -> dict[str, Stored]:
@@ -206,13 +178,3 @@ def write_file(file: epath.Path, header: bytes, tensors: Iterable[np.ndarray]) -
         opened.write(header)
         for tensor in tensors:
             opened.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-
-
-def _no_weights(directory: epath.Path) -> str:
-    other = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-    if other:
-        return (
-            f"{directory} holds {other[0]} and no safetensors; pickled weights can run any code "
-            "and are not read: save the model again with save_pretrained(safe_serialization=True)"
-        )
-    return f"{directory} holds no *.safetensors; give a directory with weights, or a hub id"

@@ -9,8 +9,10 @@ from etils import epath
 from ...errors import InputError
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
-# Weights, configurations, tokenizers, chat templates; no pickles, no code.
+# Weights, configurations, tokenizers, chat templates; no code.
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+# Of models that have no safetensors; what training left beside them is not fetched.
+_TORCH = ("pytorch_model*.bin",)
 
 
 def is_hub_id(text: str) -> bool:
@@ -37,12 +39,17 @@ def fetch(hub_id: str, field: str = "model") -> epath.Path:
             "the extra: pip install 'jaxalope[hf]'"
         ) from None
     repository, revision = _ID.fullmatch(hub_id).groups()
-    try:
+
+    def snapshot(patterns):
         return epath.Path(
             huggingface_hub.snapshot_download(
-                repository, revision=revision, allow_patterns=list(_WANTED)
+                repository, revision=revision, allow_patterns=list(patterns)
             )
         )
+
+    try:
+        directory = snapshot(_WANTED)
+        return directory if any(directory.glob("*.safetensors")) else snapshot(_TORCH)
     except errors.GatedRepoError as error:
         raise InputError(
             f"{field}={hub_id!r} asks for its terms to be accepted on its page, and for a login: "
