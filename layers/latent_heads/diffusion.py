@@ -142,8 +142,8 @@ class DiffusionHead(nnx.Module):
         The bound trains the variances alone.
         """
         schedule = Schedule.cosine()
-        alpha_bar = _at(schedule.alpha_bar, time)
-        noisy = jnp.sqrt(alpha_bar) * latents + jnp.sqrt(1 - alpha_bar) * noise
+        alpha_bar = schedule.alpha_bar
+        noisy = _at(np.sqrt(alpha_bar), time) * latents + _at(np.sqrt(1 - alpha_bar), time) * noise
         mean, log_variance, predicted = self._step_back(
             schedule, noisy, time, hidden, freeze_mean=True
         )
@@ -170,14 +170,15 @@ class DiffusionHead(nnx.Module):
         share = (between + 1) / 2
         log_variance = share * _at(schedule.log_beta, index)
         log_variance += (1 - share) * _at(schedule.log_posterior, index)
-        alpha_bar = _at(schedule.alpha_bar, index)
+        inverse = 1 / schedule.alpha_bar
         noise = jax.lax.stop_gradient(predicted) if freeze_mean else predicted
-        latent = x / jnp.sqrt(alpha_bar) - jnp.sqrt(1 / alpha_bar - 1) * noise
+        latent = _at(np.sqrt(inverse), index) * x - _at(np.sqrt(inverse - 1), index) * noise
         mean = _at(schedule.latent, index) * latent + _at(schedule.noisy, index) * x
         return mean, log_variance, predicted
 
 
 def _at(table: np.ndarray, time: Int[Array, "B M"]) -> Float[Array, "B M 1"]:
+    """A table's entries. It is made in float64, which tells the first times' variances from 0."""
     return take(jnp.asarray(table, jnp.float32), time, ("batch", "seq"))[..., None]
 
 
