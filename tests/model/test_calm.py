@@ -164,7 +164,7 @@ def test_counts(preset, head):
 
 
 def test_published_counts():
-    """The numbers of the paper, which leave the autoencoder out, and its FLOPs within some percent."""
+    """The numbers of the paper, which leave the autoencoder out; its FLOPs within some percent."""
     millions = {"small": 201.3, "medium": 371.7, "large": 735.3, "xlarge": 1829.8}
     for name, expected in millions.items():
         config = getattr(CALMConfig, name)()
@@ -202,7 +202,7 @@ def test_bad_configurations(changes, message):
 
 
 def test_bad_autoencoders():
-    with pytest.raises(InputError, match="model.num_encoder_layers=3 must be even"):
+    with pytest.raises(InputError, match=r"model\.num_encoder_layers=3 must be even"):
         dataclasses.replace(CALMAutoencoderConfig.tiny(), num_encoder_layers=3)
-    with pytest.raises(InputError, match="model.latent_size=0 must be at least 1"):
+    with pytest.raises(InputError, match=r"model\.latent_size=0 must be at least 1"):
         dataclasses.replace(CALMAutoencoderConfig.tiny(), latent_size=0)
