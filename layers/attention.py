@@ -193,6 +193,15 @@ class Attention(nnx.Module):
             q, k = (rotate(y, positions, self.rotary_dim, self.rotary_theta) for y in (q, k))
         return q, k, v
 
+    def queries(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T N K"]:
+        """The queries alone of what :meth:`heads` gives."""
+        q = self.q_proj(x)
+        if self.rotary_dim is None:
+            return q
+        return rotate(q, positions, self.rotary_dim, self.rotary_theta)
+
     def _ring(self, q, k, v, cache, places, length, count):
         """Attention where slots are used again: ``count`` new tokens a row after ``length``."""
         slots, end = cache.k.shape[1], (length + count)[:, None]
@@ -258,11 +267,15 @@ class Attention(nnx.Module):
 
         def run(q, k, *marks):
             k = self._local_heads(q, k)
-            rows, length = q.shape[:2]
-            grouped = (q * self.scale).reshape(rows, length, k.shape[2], -1, q.shape[3])
-            scores = jnp.einsum(
-                "btgnk,bsgk->bgnts", grouped, k, preferred_element_type=jnp.float32
-            ).reshape(rows, q.shape[2], length, -1)
+            rows, length, heads, dim = q.shape
+            # Heads first, and queries left of the keys, or XLA turns every matrix of scores twice.
+            few = jnp.swapaxes(q * self.scale, 1, 2).reshape(rows, k.shape[2], -1, dim)
+            scores = jax.lax.dot_general(
+                few,
+                jnp.swapaxes(k, 1, 2),
+                (((3,), (3,)), ((0, 1), (0, 1))),
+                preferred_element_type=jnp.float32,
+            ).reshape(rows, heads, length, -1)
             if self.softcap is not None:
                 scores = self.softcap * jnp.tanh(scores / self.softcap)
             mask = visible(
@@ -283,10 +296,12 @@ class Attention(nnx.Module):
 
         def run(weights, v):
             v = self._local_heads(jnp.swapaxes(weights, 1, 2), v)
-            rows, heads, length = weights.shape[:3]
-            grouped = weights.astype(v.dtype).reshape(rows, v.shape[2], -1, *weights.shape[2:])
-            mixed = jnp.einsum("bgnts,bsgk->btgnk", grouped, v)
-            return mixed.reshape(rows, length, heads, -1)
+            rows, heads, length, keys = weights.shape
+            grouped = weights.astype(v.dtype).reshape(rows, v.shape[2], -1, keys)
+            mixed = jax.lax.dot_general(
+                grouped, jnp.swapaxes(v, 1, 2), (((3,), (2,)), ((0, 1), (0, 1)))
+            )
+            return jnp.swapaxes(mixed.reshape(rows, heads, length, -1), 1, 2)
 
         own, kv = ("batch", "heads", None, None), ("batch", None, "kv_heads", None)
         return kernel_map(run, (own, kv), ("batch", None, "heads", None))(weights, v)

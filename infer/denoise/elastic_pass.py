@@ -34,7 +34,7 @@ _ROW = ("batch", None)
 _WIDE = ("batch", None, "embed")
 _QUERY = ("batch", None, "heads", None)
 _KEY = ("batch", "kv_heads", None, None)
-_AXES = {"hidden": _WIDE, "q": _QUERY, "k": _KEY, "v": _KEY}
+_AXES = {"hidden": _WIDE, "k": _KEY, "v": _KEY}
 
 
 @jax.tree_util.register_dataclass
@@ -43,8 +43,8 @@ class LayerMemory:
     """What one layer remembers of a canvas of ``T`` positions.
 
     Attributes:
-        hidden: its inputs ``[B, T, D]``, each as of the last call that computed it.
-        q: rotated queries ``[B, T, N, K]`` of them.
+        hidden: its inputs ``[B, T, D]``, each as of the last call that computed it. Queries are
+            made of them again where they are asked for, at a few places.
         k, v: rotated keys, and values, ``[B, G, T, K]``: as products take them.
         watched: ``[B, track_num]``, the decoded positions that the window looks at most; ``T`` is
             none.
@@ -52,7 +52,6 @@ class LayerMemory:
     """
 
     hidden: Any
-    q: Any
     k: Any
     v: Any
     watched: Any
@@ -102,12 +101,11 @@ def init_memory(model: Decoder, batch: int, width: int, track_num: int) -> dict[
                 "cache='elastic' watches the attention of every layer, and this model has a "
                 f"{type(mixer or block).__name__}; use cache='none'"
             )
-        queries = jnp.zeros((batch, width, mixer.num_heads, mixer.head_dim), dtype)
         keys = jnp.zeros((batch, width, mixer.num_kv_heads, mixer.head_dim), dtype)
         hidden = jnp.zeros((batch, width, model.config.hidden_size), dtype)
         watched = jnp.full((batch, track_num), width, jnp.int32)
         return LayerMemory(
-            **_laid_out(hidden, queries, keys, keys),
+            **_laid_out(hidden, keys, keys),
             watched=constrain(watched, "batch", None),
             similarity=constrain(jnp.full((batch,), jnp.nan, jnp.float32), "batch"),
         )
@@ -161,32 +159,32 @@ def elastic_pass(
 
     def refresh(block, layer, start, earlier, memory, q, full, few):
         hidden = jnp.where((layer > start)[:, None, None], full, memory["hidden"])
-        new = _laid_out(hidden, *block.mixer.heads(block.input_norm(hidden), columns))
+        all_q, *new = block.mixer.heads(block.input_norm(hidden), columns)
+        new = _laid_out(hidden, *new)
         # Rows that refresh nothing keep all but the few places, which are written already.
         memory = {
             name: jnp.where(along(layer >= start, x, 0), new[name].astype(x.dtype), x)
             for name, x in memory.items()
         }
-        few_q = _gather(memory["q"], places, _QUERY)
+        few_q = _gather(all_q, places, _QUERY)
         _, likeness, score = measure(block.mixer, few_q, memory["k"], earlier)
         k, v = (_tokens_first(memory[name]) for name in "kv")
-        mixed = block.mixer.attend(memory["q"], k, v, whole, keys)
+        mixed = block.mixer.attend(all_q, k, v, whole, keys)
         full = block.finish(hidden, block.mixer.o_proj(mixed))
         return memory, full, _gather(full, places, _WIDE), likeness, score
 
     def call(block, carry, old):
         layer, start, full, few = carry
         memory = {name: getattr(old, name) for name in _AXES}
-        tracked_q = _gather(old.q, ask.tracked, _QUERY)
+        before = block.input_norm(_gather(old.hidden, ask.tracked, _WIDE))
+        tracked_q = block.mixer.queries(before, tracked.positions)
         earlier = block.mixer.probabilities(tracked_q, _tokens_first(old.k), tracked, keys)
-        # What was is read before it is written over, in place.
-        earlier, memory = jax.lax.optimization_barrier((earlier, memory))
+        where = _once_read(earlier, places)
         q, k, v = block.mixer.heads(block.input_norm(few), rows.positions)
         memory = {
-            "hidden": _scatter(memory["hidden"], places, few, _WIDE),
-            "q": _scatter(memory["q"], places, q, _QUERY),
-            "k": _scatter(memory["k"], places, k, _KEY, at=2),
-            "v": _scatter(memory["v"], places, v, _KEY, at=2),
+            "hidden": _scatter(memory["hidden"], where, few, _WIDE),
+            "k": _scatter(memory["k"], where, k, _KEY, at=2),
+            "v": _scatter(memory["v"], where, v, _KEY, at=2),
         }
         memory, full, few, likeness, score = jax.lax.cond(
             jnp.any(start <= layer),
@@ -264,13 +262,24 @@ def _scatter(x, places, new, axes, at=1):
     return kernel_map(put, (axes, _ROW, given), axes)(x, places, new)
 
 
+def _once_read(weights, places):
+    """The places, known only once the attention ``weights`` are.
+
+    What is remembered is read before it is written over in place. XLA takes a barrier away before
+    it decides what to copy, and copies what is read and written in no order; a place that depends
+    on what was read is an order. No weight is above one.
+    """
+    late = constrain(weights[..., 0].max(axis=(1, 2)) > 2, "batch")
+    return places + late[:, None].astype(places.dtype)
+
+
 def _tokens_first(x):
     """Keys or values as attention takes them, ``[B, T, G, K]``; nothing is moved."""
     return jnp.swapaxes(x, 1, 2)
 
 
-def _laid_out(hidden, q, k, v) -> dict[str, Array]:
+def _laid_out(hidden, k, v) -> dict[str, Array]:
     """What a layer computes of a canvas, as it remembers it."""
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
-    values = {"hidden": hidden, "q": q, "k": k, "v": v}
+    values = {"hidden": hidden, "k": k, "v": v}
     return {name: constrain(x, *_AXES[name]) for name, x in values.items()}
