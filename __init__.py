@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BadWords": "infer",
     "BeamResult": "infer",
+    "BrierLM": "evals",
     "Chain": "infer",
     "Denoised": "infer",
     "DraftModel": "infer",
@@ -46,6 +47,7 @@ _PUBLIC = {
     "Vote": "infer",
     "beam_search": "infer",
     "best_of_n": "infer",
+    "brier_lm": "evals",
     "chat": "infer",
     "denoise": "infer",
     "dequantize_weights": "model",

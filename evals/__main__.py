@@ -100,18 +100,18 @@ def _data(model):
     """Where the batches come from: the run's own settings, but for what the flags say."""
     from ..configs.experiment import experiment_from_dict
     from ..data.config import DataConfig, SourceConfig
-    from ..model.checkpoint import has_document, read_document
+    from ..model.checkpoint import read_document
     from ..model.load import locate
     from ..model.published import is_published
 
-    directory, config = locate(_MODEL.value), None
-    if not is_published(directory) and has_document(directory, "experiment", _STEP.value):
+    directory = locate(_MODEL.value)
+    if not is_published(directory):
         config = experiment_from_dict(read_document(directory, "experiment", _STEP.value)).data
-    if config is None:
-        if _DATA.value is None:
-            raise InputError(
-                f"--data is missing: --model={_MODEL.value} is of no run, so it holds nothing out"
-            )
+    elif _DATA.value is None:
+        raise InputError(
+            f"--data is missing: --model={_MODEL.value} is of no run, so it holds nothing out"
+        )
+    else:
         config = DataConfig(512, 1, add_bos=model.add_bos)
     length = _SEQUENCE_LENGTH.value or config.sequence_length
     config = dataclasses.replace(

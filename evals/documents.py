@@ -123,7 +123,7 @@ class Batch:
         starts: ``[B, P]`` int32, units; the last is repeated.
         picked: ``[B]``, how many of them there are.
         seeds: ``[B]`` uint32.
-        gap: a power of two that no two neighbouring starts, nor the first and 1, are further apart.
+        gap: no two neighbouring starts, nor the first and 1, are further apart.
     """
 
     rows: np.ndarray
@@ -155,14 +155,17 @@ def batches_of(
         ways: shares that a mesh splits a batch into.
     """
     order = [i for i in range(len(documents)) if len(starts[i])]
+    if not order:
+        return
     order.sort(key=lambda i: len(documents[i]))
     rows = -(-min(batch_size, len(order)) // ways) * ways
     for first in range(0, len(order), rows):
         own = order[first : first + rows]
         width = -(-bucket(max(len(documents[i]) for i in own)) // size) * size
-        most = power_of_two(max(len(starts[i]) for i in own))
-        # Not more than the widest document could have.
-        most = min(most, (width - NGRAM) // size)
+        most, room = max(len(starts[i]) for i in own), (width - NGRAM) // size
+        # What is compiled goes by the width, not by where the starts of these documents are.
+        gap = power_of_two(-(-room // most))
+        most = min(power_of_two(most), room)
         tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
         places, picked = np.ones((rows, most), np.int32), np.zeros(rows, np.int32)
         numbers, seeds = np.full(rows, -1), np.zeros(rows, np.uint32)
@@ -171,5 +174,4 @@ def batches_of(
             places[row] = np.pad(starts[i], (0, most - len(starts[i])), mode="edge")
             lengths[row], picked[row] = len(documents[i]), len(starts[i])
             numbers[row], seeds[row] = i, (seed + i) % 2**32
-        gap = int(np.diff(places, axis=1, prepend=1).max())
-        yield Batch(numbers, tokens, lengths, places, picked, seeds, power_of_two(max(gap, 1)))
+        yield Batch(numbers, tokens, lengths, places, picked, seeds, gap)

@@ -91,7 +91,8 @@ def whole_terms(
 
     batch, count = starts.shape
     together = min(_TOGETHER, count)
-    padded = jnp.pad(starts, ((0, 0), (0, -count % together)), mode="edge")
+    last = jnp.broadcast_to(starts[:, -1:], (batch, -count % together))
+    padded = jnp.concatenate([starts, constrain(last, *ROWS)], axis=1)
     pieces = jnp.moveaxis(padded.reshape(batch, -1, together), 1, 0)
     terms = jnp.moveaxis(jax.lax.map(piece, pieces), 0, 1)
     return terms.reshape(batch, -1, NGRAM)[:, :count]
