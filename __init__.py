@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "BadWords": "infer",
+    "BatchTemperature": "infer",
     "BeamResult": "infer",
     "BrierLM": "evals",
     "Chain": "infer",
@@ -17,6 +18,7 @@ _PUBLIC = {
     "Dynamic": "infer",
     "ElasticCache": "infer",
     "EntropyBounded": "infer",
+    "ExactTemperature": "infer",
     "Factor": "infer",
     "Generation": "infer",
     "GrammarMask": "infer",

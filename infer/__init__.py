@@ -31,9 +31,11 @@ from .power import power_sample
 from .samples import PowerSamples
 from .speculative import Speculative
 from .truncation import MinP, Predicted, SoftTopP, TopK, TopP, Typical
+from .vectors import BatchTemperature, ExactTemperature, NextVector
 
 __all__ = [
     "BadWords",
+    "BatchTemperature",
     "BeamResult",
     "Chain",
     "DecodeState",
@@ -43,6 +45,7 @@ __all__ = [
     "Dynamic",
     "ElasticCache",
     "EntropyBounded",
+    "ExactTemperature",
     "Factor",
     "Generation",
     "GrammarMask",
@@ -52,6 +55,7 @@ __all__ = [
     "MinNewTokens",
     "MinP",
     "NextToken",
+    "NextVector",
     "NoRepeatNgram",
     "Piece",
     "Policy",

@@ -29,6 +29,13 @@ _POLICY = flags.DEFINE_string(
     "docs/policies.md. If not given, the model's own settings, or temperature=1.",
 )
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a continuation; may be repeated.")
+_REMAINDER = flags.DEFINE_enum(
+    "remainder",
+    None,
+    ["error", "left", "right", "reject"],
+    "Of models that draw whole chunks, for a prompt that is no whole chunks: an error (if not "
+    "given), pad tokens before or after it, or exact: draws until one begins with the rest.",
+)
 _STREAM = flags.DEFINE_bool("stream", False, "Print the text while it grows (one prompt).")
 _REGEX = flags.DEFINE_string("regex", None, "A regular expression that the text must match.")
 _JSON_SCHEMA = flags.DEFINE_string(
@@ -80,7 +87,7 @@ _CONFIDENCE_EOS_EOT_INF = flags.DEFINE_bool(
 )
 
 # Flags that say something to these methods only.
-_OF_SAMPLE = ("policy", "stop", "stream", "regex", "json_schema", "draft")
+_OF_SAMPLE = ("policy", "stop", "stream", "regex", "json_schema", "draft", "remainder")
 _OF_METHOD = {"block": "power", "mcmc_steps": "power", "cut": "power"}
 _OF_METHOD |= {"particles": "smc", "beams": "beam"}
 _OF_METHOD |= dict.fromkeys(
@@ -155,6 +162,7 @@ def _sample(model) -> None:
         "seed": _SEED.value,
         "n": _NUM_SAMPLES.value,
         "stop": tuple(_STOP.value) or None,
+        "remainder": _REMAINDER.value,
     }
     if _POLICY.value is not None:
         settings["policy"] = parse_policy(_POLICY.value, stop_ids(model))
@@ -184,6 +192,8 @@ def _sample(model) -> None:
     if generation.drafted is not None:
         counts = f"{sum(generation.accepted)} of {sum(generation.drafted)}"
         print(f"drafted tokens accepted: {counts}", file=sys.stderr)
+    if generation.draws is not None:
+        print(f"chunks drawn: {generation.draws}", file=sys.stderr)
 
 
 def _power(model) -> None:

@@ -29,7 +29,7 @@ class Generation:
     Attributes:
         tokens: the new token ids, a stop token included where one was drawn.
         text: the new tokens decoded, without the stop token and from the stop string on.
-        logprobs: of each new token, float32, in nats.
+        logprobs: of each new token, float32, in nats; None of models without a likelihood.
         finish_reasons: ``"stop"`` (drew a stop token, or completed a stop string), ``"length"`` or
             ``"cancelled"``.
         starved: whether a row's policy ever forbade every token.
@@ -37,16 +37,20 @@ class Generation:
         drafted: tokens drafted for each row, in speculative decoding; drafts past its limit do not
             count.
         accepted: how many of them became the row's tokens.
+        draws: chunks that the model drew for each row, where whole chunks are drawn.
+        exhausted: whether a row ever used up its ``max_draws``, where whole chunks are drawn.
     """
 
     tokens: list[np.ndarray]
     text: list[str]
-    logprobs: list[np.ndarray]
+    logprobs: list[np.ndarray] | None
     finish_reasons: list[str]
     starved: list[bool]
     top: list[tuple[np.ndarray, np.ndarray]] | None = None
     drafted: list[int] | None = None
     accepted: list[int] | None = None
+    draws: list[int] | None = None
+    exhausted: list[bool] | None = None
 
 
 class Run:
@@ -158,18 +162,21 @@ class Run:
             spans.append(slice(start, end))
         reasons = [FINISH_REASONS[state.reason[i]] for i in rows]
         records = state.records
-        (kind,) = {"logprob", "proposal_logprob"} & set(records)
-        top = None
+        top = logprobs = exhausted = None
+        for kind in {"logprob", "proposal_logprob"} & set(records):
+            logprobs = [records[kind][i, s] for i, s in _at(spans)]
         if "top_ids" in records:
             top = [(records["top_ids"][i, s], records["top_logprobs"][i, s]) for i, s in _at(spans)]
-        drafted, accepted = (
+        if "exhausted" in records:
+            exhausted = [bool(records["exhausted"][i, s].any()) for i, s in _at(spans)]
+        drafted, accepted, draws = (
             [int(records[name][i, s].sum()) for i, s in _at(spans)] if name in records else None
-            for name in ("drafted", "accepted")
+            for name in ("drafted", "accepted", "draws")
         )
         return Generation(
             tokens=[state.tokens[i, s] for i, s in _at(spans)],
             text=[stream.text for stream in self.streams],
-            logprobs=[records[kind][i, s] for i, s in _at(spans)],
+            logprobs=logprobs,
             finish_reasons=[
                 "stop"
                 if stream.stopped
@@ -180,6 +187,8 @@ class Run:
             top=top,
             drafted=drafted,
             accepted=accepted,
+            draws=draws,
+            exhausted=exhausted,
         )
 
 

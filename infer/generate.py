@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import InputError
 from ..model.handle import Model
+from ..model.registry import decoding_of
 from .defaults import settle
 from .drafts import Draft
 from .driver import Generation, Run, decoder_of, records_for
@@ -15,6 +16,7 @@ from .programs import program_of
 from .request import Prompts, make_batch
 from .speculative import Accepted, Drafted, Speculative
 from .structured import Grammars, Guided, GuidedRun, compiled_grammars
+from .vectors.api import start as start_vectors
 
 # Steps between two looks of the host at what was drawn, where it looks at all.
 _STRIDE = 16
@@ -50,9 +52,10 @@ def generate(
     logprobs: str = "raw",
     grammar: Grammars | None = None,
     draft: Draft | None = None,
+    remainder: str | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Generation:
-    """Continue each prompt.
+    """Continue each prompt, by the next token or, with a model that draws vectors, chunk.
 
     What is None is as the model's own settings say (``model.defaults``: what its publisher wrote
     into ``generation_config.json``; see :func:`~.defaults.default_policy`). Where they say nothing,
@@ -61,7 +64,9 @@ def generate(
     Args:
         model: as :func:`jaxalope.load` returns it.
         prompts: text, or token ids; of any lengths.
-        policy: that tokens are drawn by, one for all or one a prompt.
+        policy: that tokens are drawn by, one for all or one a prompt. Whole chunks are drawn by
+            :class:`ExactTemperature` (which ``Temperature`` stands for) or
+            :class:`BatchTemperature`.
         max_new_tokens: that a row may get; one for all or one a prompt.
         seed: one a prompt, or an int: prompt ``i`` then has seed ``seed + i``. A row's tokens
             depend on its own seed and sample number only, not on its neighbours.
@@ -75,6 +80,9 @@ def generate(
             all prompts, or one each (None for none).
         draft: decode speculatively, with drafts of a smaller model (:class:`DraftModel`) or of the
             text itself (:class:`PromptLookup`): the same law in fewer calls of the model.
+        remainder: of models that draw whole chunks (CALM): what becomes of prompts that are no
+            whole chunks. ``"error"`` (if None); ``"left"`` and ``"right"`` put pad tokens before or
+            after the prompt; ``"reject"`` is exact: draws until one begins with the rest.
         cancel: asked now and then; once it says True the rows end as they are.
 
     Raises:
@@ -95,6 +103,7 @@ def generate(
         logprobs,
         grammar,
         draft,
+        remainder,
     )
     watched = run.has_stop_strings or cancel is not None
     while not run.finished:
@@ -117,6 +126,7 @@ def stream(
     stop: str | Sequence[str] | None = None,
     grammar: Grammars | None = None,
     draft: Draft | None = None,
+    remainder: str | None = None,
     stride: int = 4,
 ) -> Iterator[Piece]:
     """Continue each prompt, yielding text while it grows; arguments as for :func:`generate`.
@@ -138,6 +148,7 @@ def stream(
         stop,
         grammar=grammar,
         draft=draft,
+        remainder=remainder,
     )
     return _pieces(run, stride)
 
@@ -171,10 +182,31 @@ def _start(
     logprobs="raw",
     grammar=None,
     draft=None,
+    remainder=None,
 ) -> Run:
     if n < 1:
         raise InputError(f"n={n} must be at least 1")
     own = settle(model, policy, max_new_tokens, max_length, stop_tokens, stop)
+    if decoding_of(model.config) == "next_vector":
+        return start_vectors(
+            model,
+            prompts,
+            own,
+            seed,
+            n,
+            stop_tokens,
+            policy=policy,
+            remainder=remainder,
+            top_logprobs=top_logprobs,
+            logprobs=logprobs,
+            grammar=grammar,
+            draft=draft,
+        )
+    if remainder is not None:
+        raise InputError(
+            f"remainder={remainder!r} is for models that draw whole chunks; this one reads prompts "
+            "of any length, leave it out"
+        )
     request = (model, prompts, own.policy, own.max_new_tokens, seed, stop_tokens)
     records = records_for(model, logprobs, top_logprobs)
     if draft is not None:

@@ -11,16 +11,21 @@ from .constraints import MinNewTokens
 from .penalties import NoRepeatNgram, PresenceFrequencyPenalty, RepetitionPenalty
 from .policy import Chain, Greedy, Policy, Temperature
 from .truncation import MinP, Predicted, SoftTopP, TopK, TopP, Typical
+from .vectors.temperature import BatchTemperature, ExactTemperature
 
 _SWITCH = {"true": True, "false": False}
 
 # Every name: the stage it belongs to, the stage's field, and the type of what is given.
 _NAMES: dict[str, tuple[type[Policy], str | None, Any]] = {
+    "batch_temperature": (BatchTemperature, "value", float),
+    "exact_temperature": (ExactTemperature, "value", float),
     "frequency_penalty": (PresenceFrequencyPenalty, "frequency", float),
     "greedy": (Greedy, None, None),
+    "max_draws": (ExactTemperature, "max_draws", int),
     "min_new_tokens": (MinNewTokens, "count", int),
     "min_p": (MinP, "p", float),
     "no_repeat_ngram": (NoRepeatNgram, "size", int),
+    "num_draws": (BatchTemperature, "num_draws", int),
     "penalize_prompt": (PresenceFrequencyPenalty, "include_prompt", bool),
     "predicted": (Predicted, None, None),
     "predicted_soft": (Predicted, "soft", None),
@@ -33,13 +38,27 @@ _NAMES: dict[str, tuple[type[Policy], str | None, Any]] = {
     "top_p": (TopP, "p", float),
     "typical": (Typical, "mass", float),
 }
+# Stages that a policy has one of at most.
+_EXCLUSIVE = {
+    Greedy: "greedy",
+    Temperature: "temperature",
+    ExactTemperature: "exact_temperature",
+    BatchTemperature: "batch_temperature",
+}
+# Settings of a stage that must be named with them: its own name, and its field.
+_SETTINGS = {
+    SoftTopP: ("soft_top_p_sharpness", "soft_top_p", "p"),
+    ExactTemperature: ("max_draws", "exact_temperature", "value"),
+    BatchTemperature: ("num_draws", "batch_temperature", "value"),
+}
 
 
 def parse_policy(text: str, stop_tokens: Sequence[int] = ()) -> Policy:
     """The policy that a comma-separated list names, its stages in the usual order.
 
     ``"temperature=0.7,top_p=0.95"``, ``"greedy"``, ``"repetition_penalty=1.1,min_p=0.05"``. Names
-    without a number are ``greedy``, ``predicted`` and ``predicted_soft``.
+    without a number are ``greedy``, ``predicted`` and ``predicted_soft``. Of models that draw whole
+    chunks: ``"exact_temperature=0.7"`` or ``"batch_temperature=0.5,num_draws=200"``.
 
     Args:
         text: the list.
@@ -69,14 +88,16 @@ def parse_policy(text: str, stop_tokens: Sequence[int] = ()) -> Policy:
             settings[field] = _converted(name, value, convert)
     if not fields:
         raise InputError(f"policy={text!r} names no stage; write for example temperature=0.7")
-    if {Greedy, Temperature} <= fields.keys():
-        raise InputError("policy has greedy and temperature; give one of them")
+    for kind, (setting, owner, field) in _SETTINGS.items():
+        if kind in fields and field not in fields[kind]:
+            raise InputError(f"{setting} is a setting of {owner}; give that too")
+    both = [name for kind, name in _EXCLUSIVE.items() if kind in fields]
+    if len(both) > 1:
+        raise InputError(f"policy has {both[0]} and {both[1]}; give one of them")
     if MinNewTokens in fields:
         if not len(stop_tokens):
             raise InputError("min_new_tokens holds stop tokens back; there are none, leave it out")
         fields[MinNewTokens]["stop_tokens"] = list(stop_tokens)
-    if SoftTopP in fields and "p" not in fields[SoftTopP]:
-        raise InputError("soft_top_p_sharpness is a setting of soft_top_p; give that too")
     stages = [kind(**settings) for kind, settings in fields.items()]
     stages.sort(key=lambda stage: stage.rank)
     return stages[0] if len(stages) == 1 else Chain(*stages)

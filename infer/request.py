@@ -16,6 +16,21 @@ from .policy import Policy, Temperature, stack_rows
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 
+# What models do whose decoding is not the caller's.
+_OTHERWISE = {
+    "next_token": "continues a text token by token; call jaxalope.generate",
+    "masked_diffusion": (
+        "fills masks in, in any order, and does not continue a text token by token; call "
+        "jaxalope.denoise"
+    ),
+    "next_vector": (
+        "draws whole chunks and has no logits, which this needs; call jaxalope.generate"
+    ),
+    "reconstruction": (
+        "gives back what it reads and continues nothing; load the model that it is a part of"
+    ),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -94,11 +109,9 @@ def make_batch(
     Raises:
         InputError: names the field that does not fit, or the function that fits the model.
     """
-    if decoding_of(model.config) != decoding:
-        raise InputError(
-            f"model={type(model.config).__name__} fills masks in, in any order, and does not "
-            "continue a text token by token; call jaxalope.denoise"
-        )
+    kind = decoding_of(model.config)
+    if kind != decoding:
+        raise InputError(f"model={type(model.config).__name__} {_OTHERWISE[kind]}")
     rows = [model.check_tokens(row) for row in token_rows(model, prompts)]
     count = len(rows)
     new = _each("max_new_tokens", max_new_tokens, count)

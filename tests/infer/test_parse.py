@@ -3,7 +3,9 @@
 import pytest
 
 from jaxalope import (
+    BatchTemperature,
     Chain,
+    ExactTemperature,
     Greedy,
     InputError,
     MinNewTokens,
@@ -43,10 +45,17 @@ from jaxalope.infer.parse import _NAMES
             "no_repeat_ngram=3,greedy,repetition_penalty=1.1",
             Chain(RepetitionPenalty(1.1), NoRepeatNgram(3), Greedy()),
         ),
+        ("exact_temperature=0.7", ExactTemperature(0.7)),
+        ("max_draws=500,exact_temperature=0.3", ExactTemperature(0.3, 500)),
+        ("batch_temperature=0.5,num_draws=100", BatchTemperature(0.5, 100)),
     ],
 )
 def test_a_list_becomes_its_stages_in_the_usual_order(text, policy):
     assert parse_policy(text) == policy
+
+
+EXCLUDED = ("greedy", "exact_temperature", "batch_temperature", "max_draws", "num_draws")
+OTHERS = {Greedy, ExactTemperature, BatchTemperature}
 
 
 def test_every_name_is_known():
@@ -55,14 +64,12 @@ def test_every_name_is_known():
     text = ",".join(
         name if convert is None else f"{name}={values[convert]}"
         for name, (_, _, convert) in _NAMES.items()
-        if name != "greedy"
+        if name not in EXCLUDED
     )
     policy = parse_policy(text, stop_tokens=[1])
     ranks = [stage.rank for stage in policy.policies]
     assert ranks == sorted(ranks) and len(set(ranks)) == len(ranks)
-    assert {type(stage) for stage in policy.policies} | {Greedy} == {
-        k for k, _, _ in _NAMES.values()
-    }
+    assert {type(stage) for stage in policy.policies} | OTHERS == {k for k, _, _ in _NAMES.values()}
 
 
 def test_min_new_tokens_holds_back_the_stop_tokens():
