@@ -26,6 +26,8 @@ def documents_of(
 ) -> list[np.ndarray]:
     """Token ids of every document, ``[n]`` int32 each, in the order in which they stand.
 
+    Padding ids at a document's end (``DataConfig.align``) are no text and are left out.
+
     Args:
         model: whose tokenizer and vocabulary they are of; None takes token ids as they are.
         documents: texts, sequences of token ids, or packed batches (``tokens [B, T]``, optionally
@@ -37,10 +39,11 @@ def documents_of(
     """
     if max_length is not None and max_length <= NGRAM:
         raise InputError(f"max_length={max_length} must be above {NGRAM}, which are predicted")
-    found = []
+    found, pad = [], _pad_of(model)
     for ids in _rows(model, documents):
         if len(ids):
             ids = np.asarray(ids) if model is None else model.check_tokens(ids)
+            ids = ids[: 1 + int(np.max(np.flatnonzero(ids != pad), initial=-1))]
         piece = max_length or max(len(ids), 1)
         found += [np.asarray(ids[i : i + piece], np.int32) for i in range(0, len(ids), piece)]
     if not found:
@@ -68,6 +71,19 @@ def _rows(model: Model | None, documents: Documents) -> Iterator[Any]:
                 f"documents[{number}] is a {type(one).__name__}; give a text, a sequence of token "
                 "ids, or a batch with 'tokens' and 'segment_ids'"
             )
+
+
+def _pad_of(model: Model | None) -> int:
+    """The id that fills texts up; -1 where there is none, or where it ends texts too."""
+    if model is None:
+        return -1
+
+    def known(name, own):
+        of_text = getattr(model.tokenizer, name, None)
+        return getattr(model.config, own, None) if of_text is None else of_text
+
+    pad = known("pad_id", "pad_token_id")
+    return -1 if pad is None or pad == known("eos_id", "eos_token_id") else int(pad)
 
 
 def unpack(batch: Mapping[str, Any]) -> Iterator[np.ndarray]:

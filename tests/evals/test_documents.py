@@ -1,10 +1,14 @@
 """Packed rows taken apart, and the positions that are scored."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from vector_toys import sum_model
 
 from jaxalope import InputError
 from jaxalope.evals.documents import batches_of, documents_of, starts_of, unpack
+from jaxalope.model.calm import CALMConfig
 
 
 def test_packed_rows_hold_their_documents():
@@ -15,6 +19,26 @@ def test_packed_rows_hold_their_documents():
     assert found == [[1, 2], [3, 4], [5, 9], [8, 9]]
     rows = documents_of(None, [[1, 2, 3], {"tokens": tokens}, []], max_length=5)
     assert [len(row) for row in rows] == [3, 5, 2, 5, 2]
+
+
+@dataclasses.dataclass
+class Ids:
+    pad_id: int | None
+    eos_id: int | None
+
+
+def test_what_fills_a_document_up_is_no_text():
+    """``data.align`` gives documents whole chunks; a pad inside a text stays."""
+    config = dataclasses.replace(CALMConfig.tiny(), head_layers=1)
+    model = dataclasses.replace(sum_model(4), config=config, tokenizer=Ids(None, None))
+    assert (config.pad_token_id, config.eos_token_id) == (256, 258)
+    texts = [[1, 256, 2, 258, 256, 256], [3], [256, 256]]
+    assert [d.tolist() for d in documents_of(model, texts)] == [[1, 256, 2, 258], [3]]
+    own = dataclasses.replace(model, tokenizer=Ids(2, 258))
+    assert [d.tolist() for d in documents_of(own, [[1, 2, 3, 2, 2]])] == [[1, 2, 3]]
+    # One id for both: what ends a text is text.
+    both = dataclasses.replace(model, tokenizer=Ids(2, 2))
+    assert [d.tolist() for d in documents_of(both, [[1, 2, 3, 2]])] == [[1, 2, 3, 2]]
 
 
 def test_all_starts_have_a_unit_before_them_and_end_inside():
