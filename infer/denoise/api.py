@@ -137,7 +137,7 @@ def denoise(
     config = model.config
     block_size = getattr(config, "block_size", None)
     shift = getattr(config, "logit_shift", False)
-    kind = cache_of(cache, block_size, shift)
+    kind = cache_of(cache, block_size)
     rows = prompt_rows(model, prompts)
     masks = [int((row == mask).sum()) + max(gen_length, 0) for row in rows]
     rule = kind.default_rule() if rule is None else rule
@@ -174,6 +174,8 @@ def denoise(
         width=batch.capacity,
         aligned=block_size is not None,
         shift=shift,
+        # In blocks of the model, all positions of a block are read, not its masks alone.
+        scattered=shift and block_size is None and any(np.any(row == mask) for row in rows),
         guided=bool(np.any(guidance != 0)),
     )
     count, (compiled, number) = len(batch.lengths), kind.traced()

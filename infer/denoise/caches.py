@@ -16,9 +16,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ...sharding import constrain
+from ...sharding import constrain, kernel_map
 from .canvas import at, places_of
 from .rules import Rule, TopQuota
+
+_ROWS = ("batch", None)
 
 
 @jax.tree_util.register_dataclass
@@ -29,9 +31,11 @@ class Ask:
     Attributes:
         tokens: the canvas ``[B, T]``, as the model is to see it.
         exists: ``[B, T]``, positions that belong to the row.
-        places: ``[B, W]``, where the answer is wanted.
-        valid: ``[B, W]``, which of these exist.
-        later: ``[B, T]``, positions filled in now or in a later block.
+        places: ``[B, W]``, where the answer is wanted; with shifted logits, one before each token.
+        own: ``[B, R]``, the block's positions and ``places``, from left to right: what is computed
+            of the block. Without a shift both are the same.
+        valid: ``[B, R]``, which of ``own`` exist.
+        later: ``[B, T]``, positions filled in now or in a later block, and where these are asked.
         block: the block that all running rows are in, where they go together.
         fresh: whether it begins.
     """
@@ -39,6 +43,7 @@ class Ask:
     tokens: Any
     exists: Any
     places: Any
+    own: Any
     valid: Any
     later: Any
     block: Any
@@ -93,7 +98,7 @@ class NoCache:
         return ()
 
     def read(
-        self, model: nnx.Module, ask: Ask, cache: Any, block_length: int, blocks: int
+        self, model: nnx.Module, ask: Ask, cache: Any, layout: Any
     ) -> tuple[Float[Array, "B W D"], Any]:
         """Activations at ``ask.places``, and the cache.
 
@@ -101,10 +106,9 @@ class NoCache:
             model: the merged module.
             ask: what is wanted.
             cache: as :meth:`begin` or the last call gave it.
-            block_length: masks of a block.
-            blocks: that a row may have, at most.
+            layout: what is static; see :class:`~.step.Layout`.
         """
-        del block_length, blocks
+        del layout
         hidden, _, _ = model.hidden_states(ask.tokens, segment_ids=ask.exists.astype(jnp.int32))
         return _pick(hidden, ask.places), cache
 
@@ -123,7 +127,7 @@ class DualCache(NoCache):
         """Room for the canvas."""
         return model.init_cache(*tokens.shape)
 
-    def read(self, model, ask, cache, block_length, blocks):
+    def read(self, model, ask, cache, layout):
         """The whole canvas where a block begins, part of it elsewhere."""
 
         def whole(cache):
@@ -133,12 +137,12 @@ class DualCache(NoCache):
             return _pick(hidden, ask.places), cache
 
         def part(cache):
-            return self._part(model, ask, cache, block_length, blocks)
+            return self._part(model, ask, cache, layout)
 
         return jax.lax.cond(ask.fresh, whole, part, cache)
 
-    def _part(self, model, ask, cache, block_length, blocks):
-        return _at_places(model, ask.tokens, ask.places, ask.valid, cache)
+    def _part(self, model, ask, cache, layout):
+        return _at_places(model, ask, ask.own, ask.valid, cache, layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,23 +154,21 @@ class PrefixCache(DualCache):
 
     name: ClassVar[str] = "prefix"
 
-    def _part(self, model, ask, cache, block_length, blocks):
+    def _part(self, model, ask, cache, layout):
         # Few widths are compiled: each half as many blocks as the one before.
-        widths, left = [], blocks
+        widths, left = [], layout.blocks
         while left:
             widths.append(left)
             left = left // 2
 
         def suffix(width):
             def run(cache):
-                places, valid = places_of(ask.later, width * block_length)
-                hidden, cache = _at_places(model, ask.tokens, places, valid, cache)
-                # Blocks go from left to right: the present one stands first.
-                return constrain(hidden, "batch", None, "embed")[:, : ask.places.shape[1]], cache
+                places, valid = places_of(ask.later, layout.reads(width * layout.block_length))
+                return _at_places(model, ask, places, valid, cache, layout)
 
             return run
 
-        needed = blocks - ask.block
+        needed = layout.blocks - ask.block
         index = sum((needed <= width).astype(jnp.int32) for width in widths) - 1
         return jax.lax.switch(index, [suffix(width) for width in widths], cache)
 
@@ -186,18 +188,37 @@ class BlockCache(NoCache):
         cache = model.init_cache(*tokens.shape)
         return model.hidden_states(tokens, cache, segment_ids=prompt.astype(jnp.int32))[1]
 
-    def read(self, model, ask, cache, block_length, blocks):
+    def read(self, model, ask, cache, layout):
         """The block's own positions."""
-        return _at_places(model, ask.tokens, ask.places, ask.valid, cache)
+        return _at_places(model, ask, ask.own, ask.valid, cache, layout)
 
 
 def _pick(hidden: Float[Array, "B T D"], places: Int[Array, "B W"]) -> Float[Array, "B W D"]:
     return constrain(at(constrain(hidden, "batch", None, "embed"), places), "batch", "seq", "embed")
 
 
-def _at_places(model, tokens, places, valid, cache):
-    """Read the tokens at some places, whose keys and values are written over."""
+def _at_places(model, ask, places, valid, cache, layout):
+    """Read the tokens at some places, whose keys and values are written over.
+
+    Returns what is asked for, and the cache.
+    """
     hidden, cache, _ = model.hidden_states(
-        at(tokens, places), cache, positions=places, segment_ids=valid.astype(jnp.int32)
+        at(ask.tokens, places), cache, positions=places, segment_ids=valid.astype(jnp.int32)
     )
+    hidden = constrain(hidden, "batch", None, "embed")
+    if layout.shift:
+        hidden = at(hidden, _index_of(ask.places, places))
+    else:
+        # Blocks go from left to right: the present one stands first.
+        hidden = hidden[:, : ask.places.shape[1]]
     return constrain(hidden, "batch", "seq", "embed"), cache
+
+
+def _index_of(wanted: Int[Array, "B W"], places: Int[Array, "B R"]) -> Int[Array, "B W"]:
+    """Where each wanted position stands among a row's sorted ``places``; some place if nowhere."""
+
+    def local(wanted, places):
+        index = jax.vmap(jnp.searchsorted)(places, wanted)
+        return jnp.minimum(index, places.shape[1] - 1).astype(jnp.int32)
+
+    return kernel_map(local, (_ROWS, _ROWS), _ROWS)(wanted, places)

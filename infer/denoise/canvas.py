@@ -150,6 +150,11 @@ def places_of(
     return kernel_map(local, (_ROWS,), (_ROWS, _ROWS))(chosen)
 
 
+def asked_before(places: Int[Array, "B W"]) -> Int[Array, "B W"]:
+    """Where shifted logits are of the tokens at ``places``; nothing predicts the first."""
+    return jnp.maximum(places - 1, 0)
+
+
 def at(x: Array, places: Int[Array, "B W"]) -> Array:
     """``x [B, T, ...]`` at each row's places, laid out as an activation where it is one."""
 

@@ -25,7 +25,7 @@ from ...sharding import constrain
 from ..loop import LENGTH, RUNNING, STOPPED
 from ..policy import check
 from .caches import NoCache
-from .canvas import Canvas, places_of, put
+from .canvas import Canvas, asked_before, places_of, put
 from .draw import Numbers, decide
 from .elastic_pass import DRIFTS, Ask, each_layer, elastic_pass, init_memory
 from .rules import Progress, Rule, Threshold
@@ -155,6 +155,8 @@ def elastic_step(
         masked = _open(tokens, state, memory.end, layout.mask)
         inside, valid = places_of(masked, asked)
         window = jnp.where(valid, inside, width)
+        # Shifted logits are asked for one place before; what is committed stands at its own.
+        look = jnp.where(valid, asked_before(inside), width) if layout.shift else window
         start = jnp.full_like(state.calls, -1)
         if not kind.exact:
             start = jnp.where(state.calls == 0, start, num_layers)
@@ -164,7 +166,7 @@ def elastic_step(
             masked=masked,
             tracked=jnp.where(running[:, None], memory.tracked, width),
             new=jnp.where(running[:, None], memory.new, width),
-            window=window,
+            window=look,
             start=jnp.where(running, start, num_layers),
             gamma=numbers.cache,
         )

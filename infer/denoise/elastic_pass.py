@@ -69,7 +69,7 @@ class Ask:
         masked: ``[B, T]``, positions still to be decoded.
         tracked: ``[B, R]``, the tokens whose attention is watched, each once.
         new: ``[B, C]``, what the call before committed.
-        window: ``[B, W]``, whose tokens are asked for.
+        window: ``[B, W]``, where logits are asked for.
         start: ``[B]`` int32, the first layer that computes every row: -1 with the embedding, the
             number of layers for none yet.
         gamma: similarity below which the layers above are refreshed.
@@ -86,7 +86,7 @@ class Ask:
 
     @property
     def places(self) -> Int[Array, "B Q"]:
-        """All that is asked for, each place once."""
+        """All that is asked for; a place that stands here twice is computed twice, alike."""
         return jnp.concatenate([self.tracked, self.new, self.window], axis=1)
 
 

@@ -56,7 +56,7 @@ def prompt_rows(model: Model, prompts: Prompts) -> list[np.ndarray]:
     return rows
 
 
-def cache_of(name: str | NoCache, block_size: int | None, shift: bool) -> NoCache:
+def cache_of(name: str | NoCache, block_size: int | None) -> NoCache:
     """The kind of cache.
 
     Raises:
@@ -77,11 +77,6 @@ def cache_of(name: str | NoCache, block_size: int | None, shift: bool) -> NoCach
         raise InputError(
             f"cache={name!r} is for models that see the whole canvas; this one is causal by block "
             f"(model.block_size={block_size}), so use cache='block', which is exact"
-        )
-    if shift and name != "none":
-        raise InputError(
-            f"cache={name!r} asks at the masks' own places, and this model (model.logit_shift) "
-            "answers one place before; use cache='none'"
         )
     return kind
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ...sharding import Params, constrain
 from ..loop import run
 from ..next_token import row_keys
 from .caches import Ask, NoCache
-from .canvas import Canvas, at, begin, commit, enter_next, masked_now, places_of
+from .canvas import Canvas, asked_before, at, begin, commit, enter_next, masked_now, places_of
 from .draw import Numbers, decide
 from .rules import Progress
 
@@ -31,6 +31,7 @@ class Layout:
         width: of the canvas.
         aligned: blocks are the model's own.
         shift: logits at a position are of the next one's token.
+        scattered: masks of a block need not stand side by side.
         guided: classifier-free guidance is used.
     """
 
@@ -40,19 +41,23 @@ class Layout:
     width: int
     aligned: bool = False
     shift: bool = False
+    scattered: bool = False
     guided: bool = False
+
+    def reads(self, count: int) -> int:
+        """Places that ``count`` masks are computed at, with those before them if logits shift."""
+        if not self.shift:
+            return count
+        return min(2 * count if self.scattered else count + 1, self.width)
 
 
 def ask_logits(
     model: nnx.Module, kind: NoCache, layout: Layout, state: Canvas, ask: Ask, numbers: Numbers
 ) -> tuple[Float[Array, "B W V"], tuple]:
     """Logits of the token at each asked place, guided if that is asked for; and the caches."""
-    # With shifted logits, a place is asked for where the token before it stands.
-    look = jnp.maximum(ask.places - 1, 0) if layout.shift else ask.places
 
     def one(tokens, cache):
-        asked = dataclasses.replace(ask, tokens=tokens, places=look)
-        hidden, cache = kind.read(model, asked, cache, layout.block_length, layout.blocks)
+        hidden, cache = kind.read(model, dataclasses.replace(ask, tokens=tokens), cache, layout)
         return constrain(model.logits(hidden), "batch", None, None), cache
 
     if not layout.guided:
@@ -88,13 +93,21 @@ def denoise_step(
         takes_part = running if kind.stores else open_rows
         here = state.block_of == state.block[:, None]
         places, valid = places_of(here, layout.block_length)
+        later = (state.block_of >= state.block[:, None]) & state.exists
+        look, own, own_valid = places, places, valid
+        if layout.shift:
+            # A token is asked for one place before its own, where nothing of the block may stand.
+            look = asked_before(places)
+            own, own_valid = places_of(_with_before(here), layout.reads(layout.block_length))
+            later = _with_before(later)
         tokens = constrain(state.tokens, "batch", None)
         ask = Ask(
             tokens=tokens,
             exists=state.exists,
-            places=places,
-            valid=valid,
-            later=(state.block_of >= state.block[:, None]) & state.exists,
+            places=look,
+            own=own,
+            valid=own_valid,
+            later=later,
             block=jnp.max(jnp.where(running, state.block, 0)),
             fresh=jnp.any(open_rows & (state.asked == 0)),
         )
@@ -136,6 +149,11 @@ def denoise_step(
         return enter_next(state, moves, mask)
 
     return step
+
+
+def _with_before(chosen: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+    """The chosen positions, and the one before each."""
+    return chosen | jnp.pad(chosen[:, 1:], ((0, 0), (0, 1)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

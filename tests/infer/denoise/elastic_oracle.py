@@ -98,8 +98,12 @@ def elastic(
     block_caching=True,
     drift="heads",
     exact=False,
+    shift=False,
 ):
-    """Decode one prompt greedily; ``exact`` computes everything in every step."""
+    """Decode one prompt greedily; ``exact`` computes everything in every step.
+
+    With ``shift`` a masked token is asked for one place before its own.
+    """
     layers = model.num_layers
     x = np.concatenate([prompt, np.full(new_tokens, mask_id)])
     masked = [int(i) for i in np.flatnonzero(x == mask_id)]
@@ -107,7 +111,8 @@ def elastic(
     inputs, queries, keys, values = ([None] * layers for _ in range(4))
     trace, steps, ended = Trace(x, [], [], 0.0), 0, False
     while masked:
-        asked = masked[:window] if block_caching else list(masked)
+        todo = masked[:window] if block_caching else list(masked)
+        asked = [max(i - 1, 0) for i in todo] if shift else todo
         if steps == 0 or exact:
             places, start = list(range(total)), -1
         else:
@@ -132,10 +137,11 @@ def elastic(
                     buffer[layer][:, rows] = fresh
                 weights = model.attention(q, keys[layer])
                 seen = weights[:, len(rows) - len(asked) :]
-                similarity = _similarity(old, weights[:, : len(tracked)], drift)
-                trace.sims.append((steps, layer, similarity))
-                if similarity < gamma:
-                    start = layer + 1
+                if tracked:  # Else nothing has been decoded before, and nothing is measured.
+                    similarity = _similarity(old, weights[:, : len(tracked)], drift)
+                    trace.sims.append((steps, layer, similarity))
+                    if similarity < gamma:
+                        start = layer + 1
             score = seen.sum(axis=(0, 1))
             score[masked] = 0
             # A masked token is tracked only by the released code, and only if there is no other.
@@ -150,7 +156,7 @@ def elastic(
             chosen = np.sort(np.argsort(-best, kind="stable")[:top_k])
         else:
             chosen = np.flatnonzero(best >= min(threshold, best.max()))
-        new = [asked[i] for i in chosen]
+        new = [todo[i] for i in chosen]
         x[new] = guess[chosen]
         masked = [i for i in masked if i not in new]
         ends = [i for i in new if eos_id is not None and x[i] == eos_id]

@@ -75,25 +75,28 @@ def fill(model, prompt, gen_length, block_length, steps, cfg=0.0):
     return x[0]
 
 
-def fill_prefix(model, prompt, gen_length, block_length, threshold):
-    """Fast-dLLM with its prefix cache and a threshold; also the number of calls."""
+def fill_cached(model, prompt, gen_length, block_length, threshold, cache="prefix"):
+    """Fast-dLLM with its prefix or dual cache and a threshold; also the number of calls.
+
+    With shifted logits the place before the block is computed too, which predicts its first token.
+    """
     x = np.concatenate([prompt, np.full(gen_length, MASK)])[None]
-    length, calls = x.shape[1], 0
+    length, calls, shift = x.shape[1], 0, int(model.config.logit_shift)
     module = model.module()
     read = jax.jit(lambda tokens, cache, at: module(tokens, cache, positions=at))
     for first in range(len(prompt), length, block_length):
-        cache = model.init_cache(1, length)
-        start = 0
-        while np.any(x[0, first : first + block_length] == MASK):
-            at = jnp.arange(start, length)[None]
-            logits, new = read(jnp.asarray(x[:, start:]), cache, at)
-            cache = new if start == 0 else cache
+        known = model.init_cache(1, length)
+        here = np.arange(first, first + block_length)
+        start, stop = 0, length
+        while np.any(x[0, here] == MASK):
+            at = jnp.arange(start, stop)[None]
+            logits, known = read(jnp.asarray(x[:, start:stop]), known, at)
             calls += 1
             token, sure = best(logits[0])
-            here = np.arange(first, first + block_length)
-            here = here[x[0, here] == MASK]
-            own = sure[here - start]
-            chosen = here[own >= min(threshold, own.max())]
-            x[0, chosen] = token[chosen - start]
-            start = first
+            todo = here[x[0, here] == MASK]
+            asked = np.maximum(todo - shift, 0) - start
+            chosen = sure[asked] >= min(threshold, sure[asked].max())
+            x[0, todo[chosen]] = token[asked[chosen]]
+            start = max(first - shift, 0)
+            stop = first + block_length if cache == "dual" else length
     return x[0], calls

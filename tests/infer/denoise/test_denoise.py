@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from slow import MASK, fill, fill_prefix, golden_model, random_model
+from slow import MASK, fill, fill_cached, golden_model, random_model
 
 from jaxalope import Chain, Factor, Temperature, Threshold, TopK, TopQuota, denoise
 from jaxalope.infer.programs import _PROGRAMS
@@ -25,6 +25,11 @@ def model():
 @pytest.fixture(scope="module")
 def block_model():
     return random_model(block_size=4)
+
+
+@pytest.fixture(scope="module")
+def shifted():
+    return random_model(logit_shift=True, num_layers=3)
 
 
 def canvases(result):
@@ -87,24 +92,33 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(model, cache, rule):
         assert alone.history[0].step.tolist() == got.history[i].step.tolist()
 
 
-def test_the_prefix_cache_is_the_published_one(model):
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_caches_are_the_published_ones(model, shifted, cache, shift):
+    chosen, prompts = (shifted, [*PROMPTS, []]) if shift else (model, PROMPTS)
     got = denoise(
-        model,
-        PROMPTS,
+        chosen,
+        prompts,
         gen_length=16,
         block_length=4,
         rule=Threshold(0.15),
-        cache="prefix",
+        cache=cache,
         stop_tokens=(),
     )
-    for prompt, canvas, nfe in zip(PROMPTS, canvases(got), got.nfe, strict=True):
-        want, calls = fill_prefix(model, np.array(prompt), 16, 4, 0.15)
+    for prompt, canvas, nfe in zip(prompts, canvases(got), got.nfe, strict=True):
+        want, calls = fill_cached(chosen, np.array(prompt, int), 16, 4, 0.15, cache)
         assert canvas == want.tolist()
         assert nfe == calls
+    plain = denoise(
+        chosen, prompts, gen_length=16, block_length=4, rule=Threshold(0.15), stop_tokens=()
+    )
+    assert canvases(plain) != canvases(got)  # or a cache would not be needed to get the above
 
 
+@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("cache", ["dual", "prefix"])
-def test_the_first_call_of_one_block_is_that_without_a_cache(model, cache):
+def test_the_first_call_of_one_block_is_that_without_a_cache(model, shifted, cache, shift):
+    model = shifted if shift else model
     settings = {"gen_length": 12, "rule": Threshold(0.12), "stop_tokens": ()}
     plain = denoise(model, PROMPTS, **settings)
     cached = denoise(model, PROMPTS, cache=cache, **settings)
@@ -122,9 +136,25 @@ def test_the_first_call_of_one_block_is_that_without_a_cache(model, cache):
     assert once[1].nfe == [1] * 4
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual", "elastic"])
+def test_shifted_rows_with_masks_between_equal_each_alone(shifted, cache):
+    """The places before a prompt's masks are computed too, as many as there are."""
+    prompts = [*PROMPTS[:2], [5, MASK, 6, 7, MASK, MASK, 8, MASK], [MASK, 3]]
+    settings = {"gen_length": 12, "cache": cache, "rule": Threshold(0.15), "policy": SAMPLED}
+    if cache != "elastic":
+        settings["block_length"] = 4
+    got = denoise(shifted, prompts, seed=7, **settings)
+    for i, prompt in enumerate(prompts):
+        alone = denoise(shifted, [prompt], seed=7 + i, **settings)
+        assert canvases(alone) == [canvases(got)[i]]
+        assert alone.nfe == [got.nfe[i]]
+
+
 @pytest.mark.parametrize("rule", [Threshold(0.3), TopQuota()])
-def test_the_block_cache_is_exact(block_model, rule):
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_block_cache_is_exact(shift, rule):
     """A block that is stored costs one call more than where everything is computed again."""
+    block_model = random_model(block_size=4, logit_shift=shift)
     prompts = [*PROMPTS, [5, MASK, 6, 7, 8, 9, MASK], []]
     settings = {"gen_length": 10, "rule": rule, "policy": SAMPLED, "stop_tokens": ()}
     plain = denoise(block_model, prompts, cache="none", **settings)
@@ -147,9 +177,10 @@ def on_eight_devices(model: Model) -> Model:
     return dataclasses.replace(model, mesh=mesh, params=placed)
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "block"])
-def test_eight_devices_fill_in_what_one_does(model, block_model, cache):
-    chosen = block_model if cache == "block" else model
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "block", "shifted prefix"])
+def test_eight_devices_fill_in_what_one_does(model, block_model, shifted, cache):
+    chosen = {"block": block_model, "shifted prefix": shifted}.get(cache, model)
+    cache = cache.removeprefix("shifted ")
     guided = {"cfg_scale": 0.5} if cache in ("none", "dual") else {}
     settings = {"gen_length": 8, "cache": cache, "policy": SAMPLED, "rule": Threshold(0.2)}
     if cache != "block":

@@ -85,7 +85,8 @@ def decode(model, rows, new, kind, rule=None, *, eos=None, width=None):
         last=none,
         cache=np.full(count, gamma, np.float32),
     )
-    layout = Layout(mask=MASK, block_length=most, blocks=1, width=width)
+    shift = model.config.logit_shift
+    layout = Layout(mask=MASK, block_length=most, blocks=1, width=width, shift=shift)
     decoder, trace, sims = Denoiser(model.graphdef, compiled, layout), [], []
     with model.context():
         seeds = np.zeros(count, np.uint32)
@@ -189,7 +190,7 @@ SETTINGS = {
 }
 
 
-def alone(row, new, settings, rule, eos=None):
+def alone(row, new, settings, rule, eos=None, **more):
     fixed = isinstance(rule, TopCount)
     return oracle.elastic(
         numpy_model(),
@@ -200,6 +201,7 @@ def alone(row, new, settings, rule, eos=None):
         threshold=None if fixed else rule.value,
         top_k=rule.count if fixed else None,
         **{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)},
+        **more,
     )
 
 
@@ -236,6 +238,26 @@ def test_exact_is_decoding_without_a_cache():
         assert (found.calls[i], found.ratio[i]) == (calls, pytest.approx(4 / 3))
     stale = decode(model, rows, new, ElasticCache(gamma=0, window=5), TopCount(2))
     assert stale.rows != found.rows  # or "exact" would not be needed to get the above
+
+
+@pytest.mark.parametrize("name", ["heads", "two", "all masks", "exact"])
+def test_shifted_logits_are_asked_for_one_place_before(name):
+    """The tiny model read as one whose logits are of the next token; also of a first mask."""
+    settings, rule = SETTINGS[name]
+    model = tiny()
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, logit_shift=True))
+    rows, new = [*prompts()[:2], np.array([MASK, 12, 40])], [17, 20, 12]
+    found = decode(model, rows, new, settings, rule, width=32)
+    for i, row in enumerate(rows):
+        agree(found, i, alone(row, new[i], settings, rule, shift=True))
+    if name == "exact":
+        for i, row in enumerate(rows[:2]):
+            ask = {"gen_length": new[i], "rule": rule, "stop_tokens": []}
+            everything = dataclasses.replace(settings, window=new[i])
+            mine, plain = (
+                denoise(model, [row.tolist()], cache=cache, **ask) for cache in (everything, "none")
+            )
+            np.testing.assert_array_equal(mine.history[0].tokens, plain.history[0].tokens)
 
 
 def test_nothing_after_the_first_end_is_decoded():
@@ -356,8 +378,6 @@ def test_models_that_it_is_not_for():
     row = [[1, 2, 3]]
     with pytest.raises(InputError, match="block_size=4"):
         denoise(random_model(block_size=4), row, gen_length=4, cache="elastic")
-    with pytest.raises(InputError, match="logit_shift"):
-        denoise(random_model(logit_shift=True), row, gen_length=4, cache="elastic")
     config = KimiLinearConfig.tiny()
     graphdef, shapes, _ = abstract(lambda key: build_model(config, key))
     kimi = jaxalope.Model(config, graphdef, shapes)
