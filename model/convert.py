@@ -13,12 +13,14 @@ import sys
 import jax
 import numpy as np
 from absl import app, flags
+from flax import nnx
 from tqdm import tqdm
 
 from ..errors import InputError, SaveError
 from .handle import Model
 from .load import load, locate, open_lazily
 from .published import is_published, open_published
+from .registry import decoding_of
 from .save import FORMATS, save
 
 _FROM = flags.DEFINE_string(
@@ -37,7 +39,7 @@ _DTYPE = flags.DEFINE_string("dtype", None, "Of the written tensors; as they are
 _SHARD_SIZE = flags.DEFINE_string("shard_size", "5GB", "Of a safetensors file.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print what would be read of a published model, and stop.")
 _VERIFY = flags.DEFINE_bool(
-    "verify", False, "Compare logits before and after; fails if the dtype is kept and they differ."
+    "verify", False, "Compare outputs before and after; fails if the dtype is kept and they differ."
 )
 _PROMPT = flags.DEFINE_string(
     "verify_prompt", "The quick brown fox jumps over the lazy dog.", "The text of --verify."
@@ -79,11 +81,11 @@ def convert() -> None:
 
 def _verify() -> None:
     # In float32, so that no rounding hides a difference.
-    before = _logits(load(_FROM.value, step=_STEP.value, ema=_EMA.value, dtype="float32"))
-    after = _logits(load(_TO.value, dtype="float32"))
+    before = _outputs(load(_FROM.value, step=_STEP.value, ema=_EMA.value, dtype="float32"))
+    after = _outputs(load(_TO.value, dtype="float32"))
     difference = float(np.abs(before - after).max())
     size = float(np.abs(before).max())
-    print(f"largest difference of the logits: {difference:.3g} (the largest logit is {size:.3g})")
+    print(f"largest difference of the outputs: {difference:.3g} (the largest is {size:.3g})")
     if not np.isfinite(difference) or (_DTYPE.value is None and difference > 0):
         raise InputError(
             f"--verify: {_TO.value} does not compute what {_FROM.value} does; do not use it, and "
@@ -91,14 +93,31 @@ def _verify() -> None:
         )
 
 
-def _logits(model: Model) -> np.ndarray:
-    """Of the fixed prompt."""
+def _outputs(model: Model) -> np.ndarray:
+    """Of the fixed prompt: the logits, and of models that draw vectors all that they make."""
     if model.tokenizer is None:
         # No text: the first ids of the vocabulary serve as well.
         ids = list(range(min(32, model.config.vocab_size)))
     else:
         ids = model.tokenizer.encode(_PROMPT.value) or [0]
-    return np.asarray(model(np.asarray([ids], np.int32))[0])
+    chunk = getattr(model.config, "chunk_size", 1)
+    tokens = np.resize(np.asarray([ids], np.int32), (1, -(-len(ids) // chunk) * chunk))
+    kind = decoding_of(model.config)
+    if kind == "reconstruction":
+        return np.asarray(model(tokens))
+    outputs = np.asarray(model(tokens)[0])
+    if kind != "next_vector":
+        return outputs
+
+    def drawn(params, hidden):
+        module = nnx.merge(model.graphdef, params)
+        noise = module.latent_head.noise(jax.random.key(0), hidden.shape[:2])
+        latents = module.draw(hidden, noise)
+        logits = module.autoencoder.logits(module.autoencoder.decode(latents))
+        return [latents, logits, *module.autoencoder.encode(tokens)]
+
+    outputs = [outputs, *jax.jit(drawn)(model.params, outputs)]
+    return np.concatenate([np.ravel(x) for x in outputs])
 
 
 def main(argv: list[str]) -> None:

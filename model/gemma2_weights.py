@@ -29,7 +29,8 @@ _BLOCK = {
 def rules(config: Gemma2Config) -> list[Rule]:
     """The table for this configuration."""
     table = [
-        Rule("model.embed_tokens.weight", "embed.embedding", "v d -> v d"),
+        # The head is the embedding; some files have it a second time.
+        Rule(("model.embed_tokens.weight", "lm_head.weight"), "embed.embedding", "v d -> v d"),
         Rule("model.norm.weight", "final_norm.scale", "d -> d"),
     ]
     table += [
@@ -138,6 +139,6 @@ PUBLISHED = Published(
     rules=rules,
     config_from=config_from_published,
     config_to=config_to_published,
-    # The head is the embedding; older files have a copy of it, or buffers.
-    ignored=(r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+    # Buffers of older files.
+    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

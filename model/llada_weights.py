@@ -25,12 +25,15 @@ _BLOCK = {
 
 def rules(config: LLaDAConfig) -> list[Rule]:
     """The table for this configuration. ``ff_out`` is the head, and in a block the map down."""
+    embedding, head = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
+    # A tied head is the embedding; some files have it a second time.
+    names = (embedding, head) if config.tie_word_embeddings else embedding
     table = [
-        Rule("model.transformer.wte.weight", "embed.embedding", "v d -> v d"),
+        Rule(names, "embed.embedding", "v d -> v d"),
         Rule("model.transformer.ln_f.weight", "final_norm.scale", "d -> d"),
     ]
     if not config.tie_word_embeddings:
-        table.append(Rule("model.transformer.ff_out.weight", "lm_head.kernel", "v d -> d v"))
+        table.append(Rule(head, "lm_head.kernel", "v d -> d v"))
     table += [
         Rule(f"model.transformer.blocks.{i}.{name}", f"stack.{i}.{path}", layout)
         for i in range(config.num_layers)
@@ -170,6 +173,4 @@ PUBLISHED = Published(
     rules=rules,
     config_from=config_from_published,
     config_to=config_to_published,
-    # A tied head is the embedding; some files have a copy of it.
-    ignored=(r"model\.transformer\.ff_out\.weight",),
 )

@@ -21,7 +21,7 @@ from .generation_defaults import GenerationDefaults
 from .handle import Model
 from .int8 import as_stored, is_int8
 from .published import is_published, open_published, read_config
-from .registry import config_from_dict
+from .registry import config_from_dict, with_dtype
 from .retrofit import build, retrofits_from_list
 
 
@@ -121,7 +121,7 @@ def _open_workdir(
     experiment = read_document(directory, "experiment", step)
     config = config_from_dict(experiment["model"])
     if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype)
+        config = with_dtype(config, dtype)
     retrofits = retrofits_from_list(experiment.get("retrofits", []))
     rules = rules or AxisRules()
     stored = read_document(directory, "checkpoint", step)["trees"]["ema" if ema else "params"]

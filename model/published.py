@@ -33,7 +33,7 @@ from .exchange import (
 from .exchange.write import json_text
 from .generation_defaults import GenerationDefaults
 from .handle import Model
-from .registry import FAMILIES, build_model, family_of
+from .registry import FAMILIES, build_model, family_of, with_dtype
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -114,7 +114,7 @@ def open_published(
     """
     config, published, contents = read_config(directory)
     if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype)
+        config = with_dtype(config, dtype)
     rules = rules or AxisRules()
     graphdef, shapes, axes = abstract(lambda key: build_model(config, key))
     places = None if mesh is None else shardings(shapes, axes, mesh, rules)
@@ -124,7 +124,8 @@ def open_published(
     tensors = {
         piece.name: (np.dtype(param_dtype or piece.stored.dtype), piece.stored.shape)
         for leaf in leaves
-        for piece in leaf.pieces
+        for first in leaf.pieces
+        for piece in first.all
     }
     return PublishedModel(
         directory,
@@ -145,14 +146,30 @@ def read_config(directory: epath.Path) -> tuple[Any, Any, dict[str, Any]]:
         InputError: it is no JSON, of no family that is here, or has an option that is not.
     """
     contents = _read_json(directory / CONFIG)
+    published = _published(contents, directory / CONFIG)
+
+    def shapes():
+        return {name: stored.shape for name, stored in read_directory(directory).items()}
+
+    return published.config(contents, shapes), published, contents
+
+
+def _published(contents: Mapping[str, Any], path: epath.Path) -> Published:
+    """The table of the family that a ``config.json`` is of."""
     model_type = contents.get("model_type")
+    architectures = contents.get("architectures") or ()
     tables = [family.published for family in FAMILIES.values() if family.published is not None]
     for published in tables:
-        if model_type in published.model_types:
-            return published.config_from(contents), published, contents
+        # Configurations that were never registered with transformers are saved without their type.
+        if (
+            model_type in published.model_types
+            if model_type
+            else set(architectures) & set(published.architectures)
+        ):
+            return published
     known = sorted(name for published in tables for name in published.model_types)
     raise InputError(
-        f"{directory / CONFIG}: model_type={model_type!r} is no family that is here; these are: "
+        f"{path}: model_type={model_type!r} is no family that is here; these are: "
         f"{', '.join(known)}"
     )
 
@@ -242,9 +259,11 @@ def _contents(model: Model) -> dict[str, Any]:
     theirs = dict(model.origin.config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Unknown fields were named when it was read.
-        before = published.config_to(published.config_from(theirs))
+        shapes = {name: shape for name, (_, shape) in model.origin.tensors.items()}
+        before = published.config_to(published.config(theirs, lambda: shapes))
+    absent = object()
     return theirs | {
-        name: value for name, value in ours.items() if name not in theirs or value != before[name]
+        name: value for name, value in ours.items() if value != before.get(name, absent)
     }
 
 

@@ -11,7 +11,14 @@ import jax
 from flax import nnx
 
 from ..errors import InputError
-from . import gemma2_weights, gpt_neox_weights, kimi_linear_weights, llada_weights
+from . import (
+    calm_autoencoder_weights,
+    calm_weights,
+    gemma2_weights,
+    gpt_neox_weights,
+    kimi_linear_weights,
+    llada_weights,
+)
 from .calm import CALM, CALMConfig
 from .calm_autoencoder import CALMAutoencoder, CALMAutoencoderConfig
 from .exchange import Published
@@ -38,8 +45,10 @@ class Family:
 
 # Every family of the zoo is one line here.
 FAMILIES: dict[str, Family] = {
-    "calm": Family(CALMConfig, CALM),
-    "calm_autoencoder": Family(CALMAutoencoderConfig, CALMAutoencoder),
+    "calm": Family(CALMConfig, CALM, calm_weights.PUBLISHED),
+    "calm_autoencoder": Family(
+        CALMAutoencoderConfig, CALMAutoencoder, calm_autoencoder_weights.PUBLISHED
+    ),
     "gemma2": Family(Gemma2Config, Gemma2, gemma2_weights.PUBLISHED),
     "gpt_neox": Family(GPTNeoXConfig, GPTNeoX, gpt_neox_weights.PUBLISHED),
     "kimi_linear": Family(KimiLinearConfig, KimiLinear, kimi_linear_weights.PUBLISHED),
@@ -68,6 +77,14 @@ def decoding_of(config: Any) -> str:
     it reads.
     """
     return getattr(config, "decoding", "next_token")
+
+
+def with_dtype(config: Any, dtype: str) -> Any:
+    """The same configuration, that of its parts included, computing in another dtype."""
+    parts = {
+        name: with_dtype(getattr(config, name), dtype) for name in getattr(config, "PARTS", ())
+    }
+    return dataclasses.replace(config, dtype=dtype, **parts)
 
 
 def build_model(config: Any, key: jax.Array) -> nnx.Module:

@@ -10,14 +10,16 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .table import Leaf
+from ...errors import InputError
+from .layouts import Layout
+from .table import Leaf, Piece
 
 Tree = dict[Any, Any]
 
@@ -54,8 +56,13 @@ class LoadPlan:
     @property
     def stored_bytes(self) -> int:
         """How many bytes of the files are read."""
-        tensors = {p.name: p.stored.nbytes for leaf in self.leaves for p in leaf.pieces}
-        return sum(tensors.values())
+        return sum(x.nbytes for x in {piece.stored for piece in self._pieces()})
+
+    def _pieces(self) -> Iterator[Piece]:
+        """Of all leaves, and their copies."""
+        for leaf in self.leaves:
+            for piece in leaf.pieces:
+                yield from piece.all
 
     @property
     def nbytes(self) -> int:
@@ -69,8 +76,8 @@ class LoadPlan:
 
     def summary(self) -> str:
         """Sizes, in one line."""
-        files = {piece.stored.file.name for leaf in self.leaves for piece in leaf.pieces}
-        pieces = sum(len(leaf.pieces) for leaf in self.leaves)
+        files = {piece.stored.file.name for piece in self._pieces()}
+        pieces = sum(1 for _ in self._pieces())
         return (
             f"{self.num_params / 1e9:.3f}e9 parameters: {pieces} tensors of {len(files)} files "
             f"({self.stored_bytes / 1e9:.2f} GB) into {len(self.leaves)} arrays "
@@ -167,11 +174,26 @@ def _read(leaf: Leaf, spans: Sequence[slice]) -> np.ndarray:
     )
     for at in itertools.product(*(range(s.start, s.stop) for s in lead)):
         piece = pieces[at]
-        value = piece.layout.read(piece.stored.read, leaf.own_shape, own)
-        if piece.layout.order != layout.order:
-            value = value.transpose(piece.layout.order).transpose(layout.published_order)
+        value = _value(piece, leaf, own, layout)
+        for copy in piece.copies:
+            # Of PyTorch's files, mostly one place under two names.
+            if copy.stored != piece.stored:
+                other = _value(copy, leaf, own, layout)
+                if not np.array_equal(value, other, equal_nan=True):
+                    raise InputError(
+                        f"{piece.name} and {copy.name} are one tensor under two names, and differ "
+                        f"in {piece.stored.file.parent}; leave out the one that is not meant"
+                    )
         out[tuple(i - s.start for i, s in zip(at, lead, strict=True))] = value
     return out
+
+
+def _value(piece: Piece, leaf: Leaf, own: Sequence[slice], layout: Layout) -> np.ndarray:
+    """Part of a piece, its dimensions in the order of ``layout``."""
+    value = piece.layout.read(piece.stored.read, leaf.own_shape, own)
+    if piece.layout.order != layout.order:
+        value = value.transpose(piece.layout.order).transpose(layout.published_order)
+    return value
 
 
 def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -25,8 +25,10 @@ class Rule:
     """One of our parameters, and the published tensor (or, with ``{e}``, tensors) it is.
 
     Attributes:
-        name: published. Of several the first is written, all are read. ``{e}`` (any one letter)
-            stands for a number and is a stacked dimension of ``layout``: an expert, for one.
+        name: published. Of several the first is written, all are read; a checkpoint may have more
+            than one of them, which hold the same numbers then, and are all written again. ``{e}``
+            (any one letter) stands for a number and is a stacked dimension of ``layout``: an
+            expert, for one.
         path: of our parameter, blocks counted from 0 as in ``stack.3.mixer.q_proj.kernel``, however
             the stack keeps them.
         layout: see :mod:`.layouts`. Of several the first is written unless the model was read in
@@ -51,6 +53,7 @@ class Rule:
 
 # How a tensor stands in a file: its dtype and shape.
 Form = tuple[np.dtype, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,10 @@ class Published:
         config_from: our configuration from the contents of a ``config.json``.
         config_to: the inverse.
         ignored: regular expressions of published names that hold nothing to learn: buffers.
+        architectures: values of ``architectures``, by which files without a ``model_type`` are
+            known.
+        completed: adds what files of this family leave out of ``config.json``, given the shapes of
+            their tensors by name; None where they are complete.
     """
 
     model_types: tuple[str, ...]
@@ -70,6 +77,18 @@ class Published:
     config_from: Callable[[Mapping[str, Any]], Any]
     config_to: Callable[[Any], dict[str, Any]]
     ignored: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+    completed: Callable[[Mapping[str, Any], Shapes], Mapping[str, Any]] | None = None
+
+    def config(self, contents: Mapping[str, Any], shapes: Callable[[], Shapes]) -> Any:
+        """Our configuration from a ``config.json``, and of tensors only what that leaves out.
+
+        Raises:
+            InputError: as ``config_from``.
+        """
+        if self.completed is not None:
+            contents = self.completed(contents, shapes())
+        return self.config_from(contents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +100,19 @@ class Piece:
         layout: how it lies there.
         at: our leading indices: the repeat of a scanned block, the stacked dimensions.
         stored: where it is read; None when the table is used for writing.
+        copies: the same under other names.
     """
 
     name: str
     layout: Layout
     at: tuple[int, ...]
     stored: Stored | None = None
+    copies: tuple[Piece, ...] = ()
+
+    @property
+    def all(self) -> tuple[Piece, ...]:
+        """Itself and its copies."""
+        return (self, *self.copies)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,20 +165,24 @@ def match(
     for leaf, candidates in _leaves(published, config, shapes):
         pieces, absent = [], []
         for names, layouts, at in candidates:
-            name = next((name for name in names if name in stored), None)
-            if name is None:
+            present = [name for name in names if name in stored]
+            if not present:
                 absent.append(names[0])
                 continue
-            taken.add(name)
-            tensor = stored[name]
-            layout = next((x for x in layouts if x.fits(tensor.shape, leaf.own_shape)), None)
-            if layout is None:
-                want = " or ".join(str(x.published_shape(leaf.own_shape)) for x in layouts)
-                wrong.append(f"{name} has shape {tensor.shape}, this model needs {want}")
-            elif not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.kind != "V":
-                wrong.append(f"{name} has dtype {tensor.dtype}, a floating one is needed")
-            else:
-                pieces.append(Piece(name, layout, at, tensor))
+            taken.update(present)
+            found = []
+            for name in present:
+                tensor = stored[name]
+                layout = next((x for x in layouts if x.fits(tensor.shape, leaf.own_shape)), None)
+                if layout is None:
+                    want = " or ".join(str(x.published_shape(leaf.own_shape)) for x in layouts)
+                    wrong.append(f"{name} has shape {tensor.shape}, this model needs {want}")
+                elif not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.kind != "V":
+                    wrong.append(f"{name} has dtype {tensor.dtype}, a floating one is needed")
+                else:
+                    found.append(Piece(name, layout, at, tensor))
+            if found:
+                pieces.append(_with_copies(found))
         if partial and len(absent) == len(candidates):
             continue
         missing += absent
@@ -191,12 +221,14 @@ def layout_of_model(
     for leaf, candidates in _leaves(published, config, shapes):
         pieces = []
         for names, layouts, at in candidates:
-            name = next((name for name in names if name in read_as), names[0])
-            layout = layouts[0]
-            if name in read_as:
-                shape = read_as[name][1]
-                layout = next((x for x in layouts if x.fits(shape, leaf.own_shape)), layout)
-            pieces.append(Piece(name, layout, at))
+            found = []
+            for name in [name for name in names if name in read_as] or names[:1]:
+                layout = layouts[0]
+                if name in read_as:
+                    shape = read_as[name][1]
+                    layout = next((x for x in layouts if x.fits(shape, leaf.own_shape)), layout)
+                found.append(Piece(name, layout, at))
+            pieces.append(_with_copies(found))
         leaves.append(dataclasses.replace(leaf, pieces=tuple(pieces)))
     ours = {tuple(_key(k) for k in path) for path, _ in jax.tree.leaves_with_path(shapes)}
     without = sorted(".".join(map(str, path)) for path in ours - {leaf.path for leaf in leaves})
@@ -206,6 +238,11 @@ def layout_of_model(
             "out what was added to the model, or save it with format='orbax'"
         )
     return leaves
+
+
+def _with_copies(pieces: Sequence[Piece]) -> Piece:
+    first, *copies = pieces
+    return dataclasses.replace(first, copies=tuple(copies))
 
 
 _Candidates = list[tuple[tuple[str, ...], tuple[Layout, ...], tuple[int, ...]]]

@@ -7,6 +7,7 @@ A directory appears under its name only when all of it is there; until then it i
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ class Sources:
         self._parts: dict[str, list[tuple[Leaf, Piece]]] = {}
         self.tensors: dict[str, Form] = {}
         for leaf, x in zip(leaves, abstract, strict=True):
-            for piece in leaf.pieces:
+            for piece in itertools.chain.from_iterable(piece.all for piece in leaf.pieces):
                 form = np.dtype(x.dtype), piece.layout.published_shape(leaf.own_shape)
                 before, shape = (read_as or {}).get(piece.name, form)
                 self._parts.setdefault(piece.name, []).append((leaf, piece))

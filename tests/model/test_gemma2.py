@@ -147,11 +147,13 @@ class TestPublished:
         kernel = np.asarray(tiny.params["stack"]["body"][1]["mixer"]["k_proj"]["kernel"][1])
         rows = tensors["model.layers.3.self_attn.k_proj.weight"].reshape(2, 16, 32)
         np.testing.assert_array_equal(rows, kernel.transpose(1, 2, 0))
-        # A copy of the tied head, as some files have it, holds nothing new.
+        # A copy of the tied head, as some files have it, holds nothing new, and is kept.
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         save_file(tensors, file, metadata={"format": "pt"})
         again = jaxalope.load(tmp_path / "gemma2")
         jax.tree.map(np.testing.assert_array_equal, again.params, tiny.params)
+        jaxalope.save(again, tmp_path / "again")
+        assert "lm_head.weight" in load_file(tmp_path / "again/model.safetensors")
         assert json.loads((tmp_path / "gemma2/config.json").read_text())["num_hidden_layers"] == 5
 
 

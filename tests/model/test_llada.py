@@ -182,9 +182,12 @@ class TestPublished:
         np.testing.assert_allclose(model(ids)[0], expected, atol=1e-3)
         tensors["model.transformer.ff_out.weight"] = tensors["model.transformer.wte.weight"]
         save_file(tensors, file, metadata={"format": "pt"})
-        jax.tree.map(
-            np.testing.assert_array_equal, jaxalope.load(tmp_path / "out").params, model.params
-        )
+        again = jaxalope.load(tmp_path / "out")
+        jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+        tensors["model.transformer.ff_out.weight"] = tensors["model.transformer.wte.weight"] + 1
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=r"wte\.weight and \S+ff_out\.weight are one tensor"):
+            jaxalope.load(tmp_path / "out")
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_every_tensor_has_its_name_and_shape(self, name):

@@ -451,7 +451,7 @@ class TestCommandLine:
         assert "197 tensors of 3 files" in self.convert(f"--from={folder}", "--plan").stdout
         done = self.convert(f"--from={folder}", f"--to={tmp_path}/w", "--verify")
         assert done.returncode == 0
-        assert "largest difference of the logits: 0 " in done.stdout
+        assert "largest difference of the outputs: 0 " in done.stdout
         self.convert(f"--from={tmp_path}/w", f"--to={tmp_path}/back")
         same_bytes(read_all(folder), read_all(tmp_path / "back"))
         self.convert(f"--from={folder}", f"--to={tmp_path}/wide", "--format=hf", "--dtype=float32")

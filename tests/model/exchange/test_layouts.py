@@ -17,6 +17,9 @@ CASES = {
     "(n k) -> n k": ((3, 4), lambda x: x.reshape(3, 4)),
     "(n 1/3 k) d -> d n k": ((7, 2, 4), lambda x: x.reshape(2, 3, 4, 7)[:, 1].transpose(2, 0, 1)),
     "(0/2 f) d -> d f": ((7, 4), lambda x: x.reshape(2, 4, 7)[0].T),
+    "f (1/2 d) -> d f": ((7, 4), lambda x: x.reshape(4, 2, 7)[:, 1].T),
+    "(c f) d -> d c f": ((7, 2, 4), lambda x: x.reshape(2, 4, 7).transpose(2, 0, 1)),
+    "f (k d) -> k d f": ((3, 7, 4), lambda x: x.reshape(4, 3, 7).transpose(1, 2, 0)),
 }
 
 
@@ -53,6 +56,18 @@ def test_three_of_ours_fill_one_published_tensor():
         part = layout.read(lambda at: fused[at], (7, 2, 4), whole)
         layout.write(target, part, (7, 2, 4))
     np.testing.assert_array_equal(target, fused)
+
+
+def test_two_of_ours_are_of_one_map_that_reads_two_things_side_by_side():
+    rng = np.random.default_rng(2)
+    published, x, c = rng.normal(size=(5, 8)), rng.normal(size=4), rng.normal(size=4)
+    whole = (slice(0, 4), slice(0, 5))
+    ours = []
+    for j in range(2):
+        layout = Layout.parse(f"f ({j}/2 d) -> d f")
+        part = layout.read(lambda at: published[at], (4, 5), whole)
+        ours.append(part.transpose(layout.order))
+    np.testing.assert_allclose(x @ ours[0] + c @ ours[1], published @ np.concatenate([x, c]))
 
 
 def test_a_padded_vector_is_read_without_its_zeros_and_written_with_them():
