@@ -32,7 +32,7 @@ class Vote:
 
 def best_of_n(
     text: Sequence[str],
-    logprobs: Sequence[np.ndarray] | Sequence[float],
+    logprobs: Sequence[np.ndarray] | Sequence[float] | None,
     n: int,
     verifier: Callable[[str], float] | None = None,
 ) -> list[int]:
@@ -40,15 +40,20 @@ def best_of_n(
 
     Args:
         text: of all samples, those of a prompt together, as ``generate(..., n=n)`` returns them.
-        logprobs: of each sample's tokens; or one number a sample.
+        logprobs: of each sample's tokens; or one number a sample. None where the model has no
+            likelihood: the verifier decides, then the order.
         n: samples a prompt.
         verifier: scores a text; the mean log-probability of its tokens decides if None, and
             between texts of the same score.
 
     Raises:
-        InputError: the samples are no multiple of ``n``.
+        InputError: the samples are no multiple of ``n``, or nothing decides between them.
     """
     groups = _groups(len(text), n)
+    if logprobs is None:
+        if verifier is None:
+            raise InputError("logprobs is None: a model without a likelihood needs a verifier")
+        logprobs = np.zeros(len(text))
     scores = [0.0 if verifier is None else float(verifier(t)) for t in text]
     means = [float(np.mean(x)) if np.size(x) else -np.inf for x in logprobs]
     return [max(group, key=lambda i: (scores[i], means[i])) for group in groups]
@@ -56,7 +61,7 @@ def best_of_n(
 
 def self_consistency(
     text: Sequence[str],
-    logprobs: Sequence[np.ndarray] | Sequence[float],
+    logprobs: Sequence[np.ndarray] | Sequence[float] | None,
     n: int,
     extract: Callable[[str], Hashable | None] | None = None,
 ) -> list[Vote]:
@@ -64,7 +69,8 @@ def self_consistency(
 
     Args:
         text: of all samples, those of a prompt together.
-        logprobs: of each sample's tokens; or one number a sample, the sum.
+        logprobs: of each sample's tokens; or one number a sample, the sum. None where the model
+            has no likelihood: all are as likely.
         n: samples a prompt.
         extract: the answer in a text, None where there is none; :func:`boxed_answer` if None.
             Samples without an answer have no vote. Among answers of as many votes, the one whose
@@ -74,6 +80,7 @@ def self_consistency(
         InputError: the samples are no multiple of ``n``.
     """
     extract = extract or boxed_answer
+    logprobs = np.zeros(len(text)) if logprobs is None else logprobs
     votes = []
     for group in _groups(len(text), n):
         answers = [extract(text[i]) for i in group]

@@ -32,6 +32,14 @@ def test_ties_go_to_the_larger_summed_probability():
     assert (vote.answer, vote.index) == ("b", 2)
 
 
+def test_without_a_likelihood_a_verifier_or_the_votes_decide():
+    assert best_of_n(TEXT, None, 3, lambda t: "4" in t) == [0, 3]
+    with pytest.raises(InputError, match="verifier"):
+        best_of_n(TEXT, None, 3)
+    first, second = self_consistency(TEXT, None, 3)
+    assert (first.answer, first.index, first.votes, second.answer) == ("4", 0, 2, None)
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
