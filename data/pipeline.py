@@ -36,11 +36,12 @@ _REMEMBERED_STEPS = 64
 class Pipeline:
     """Endless training batches of one process. Close it, or use it as a context manager.
 
-    A batch is a dict of int32 arrays [b, T], b = batch_size / process_count rows of the global
-    batch (the block that belongs to this process):
+    A batch is a dict of arrays [b, T], int32 but for the weights, b = batch_size / process_count
+    rows of the global batch (the block that belongs to this process):
       `tokens`: ids.
       `segment_ids`: 1, 2, ... along a row, 0 for padding; attention stays within a segment.
       `positions`: from 0 in every segment.
+      `loss_weights`: float32, 0 for prompts and padding; only where a source has prompts.
     Objectives shift the targets themselves.
 
     The batches are assembled by hand from one row at a time, behind at most one prefetch thread:
@@ -86,8 +87,7 @@ class Pipeline:
             "num_streams": num_streams,
             "packing": config.packing,
             "add_bos": config.add_bos,
-            # Absent from states that were written before there was such a thing.
-            **({"align": config.align} if config.align > 1 else {}),
+            "align": config.align,
             "seed": config.seed,
             "shuffle": config.shuffle,
             "tokenizer": tokenizer.fingerprint,
@@ -169,7 +169,8 @@ class Pipeline:
           InputError: it belongs to other settings or another corpus, or lacks a stream.
         """
         try:
-            layout, streams = state["layout"], state["streams"]
+            # States that were written before there was such a thing have no `align`.
+            layout, streams = {"align": 1, **state["layout"]}, state["streams"]
         except (KeyError, TypeError) as e:
             raise InputError("data: this is not the state of a data pipeline.") from e
         different = [
@@ -275,7 +276,8 @@ def _eval_batches(config, tokenizer, opened, num_batches, process_index, process
             raise InputError("data: the held-out documents are all empty.")
         if not batch:
             return
-        batch += [Row(blank, zeros, zeros, ())] * (config.batch_size - len(batch))
+        weights = zeros.astype(np.float32) if config.has_prompts else None
+        batch += [Row(blank, zeros, zeros, (), weights)] * (config.batch_size - len(batch))
         yield stack(batch[mine])
         made += 1
 

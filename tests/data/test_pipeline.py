@@ -196,6 +196,26 @@ def test_bos_begins_documents_when_asked(config):
         Pipeline(config, tokenizer)
 
 
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+def test_documents_in_whole_chunks(config, packing):
+    """Filled up behind their end with padding that is theirs, so that no chunk has two of them."""
+    config = dataclasses.replace(config, align=4, packing=packing)
+    (batch, state), *_ = take(config, 3)
+    chunks = {name: x.reshape(8, -1, 4) for name, x in batch.items()}
+    assert (chunks["segment_ids"] == chunks["segment_ids"][..., :1]).all()
+    filled = (batch["tokens"] == TOKENIZER.pad_id) & (batch["segment_ids"] > 0)
+    ends = chunks["tokens"] == TOKENIZER.eos_id
+    assert filled.any() and ends.any()
+    # Behind a document's end there is nothing else, and before it none of this.
+    behind = np.cumsum(ends, axis=-1) - ends > 0
+    held = chunks["segment_ids"] > 0
+    np.testing.assert_array_equal(filled.reshape(behind.shape), behind & held)
+    with pytest.raises(InputError, match="align: 4 there, 1 here"):
+        take(dataclasses.replace(config, align=1), 1, state)
+    with pytest.raises(InputError, match="align=5 cannot be used: it has to divide"):
+        dataclasses.replace(config, align=5)
+
+
 def test_state_is_refused_by_another_run(config, corpora, tmp_path):
     (_, state), *_ = take(config, 1)
     with pytest.raises(InputError, match=r"seed: 0 there, 5 here"):
