@@ -40,8 +40,8 @@ def load(
 
     Args:
         path: a training workdir, its ``checkpoints/``, or one checkpoint in there; a directory in
-            the published form (``config.json``, safetensors); or a hub id, ``organisation/name`` or
-            ``organisation/name@revision``.
+            the published form (``config.json``; safetensors, or else PyTorch's own files); or a
+            hub id, ``organisation/name`` or ``organisation/name@revision``.
         step: which checkpoint of a workdir; the newest readable one if None.
         ema: a workdir's moving average of the parameters, where training kept one.
         mesh: the devices to lay the parameters out on; one device if None.

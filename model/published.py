@@ -1,4 +1,4 @@
-"""Directories as the world publishes models: ``config.json``, safetensors, tokenizer; both ways."""
+"""Directories as the world publishes models: ``config.json``, weights, tokenizer; both ways."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def open_published(
     """Read everything about a published model but its weights.
 
     Args:
-        directory: holds ``config.json`` and safetensors.
+        directory: holds ``config.json`` and what :func:`.exchange.read_directory` reads.
         mesh: the devices to lay the parameters out on; one device if None.
         rules: how; the defaults if None.
         dtype: compute dtype; bfloat16 for models published in 16 bits if None.

@@ -14,6 +14,7 @@ import pytest
 from etils import epath
 
 from jaxalope import InputError
+from jaxalope.model.exchange import hub
 from jaxalope.model.exchange.directory import TORCH_INDEX, TORCH_SINGLE, read_directory
 from jaxalope.model.exchange.files import Stored, encode_header, write_file
 from jaxalope.model.exchange.torch_files import read_torch_header
@@ -110,6 +111,22 @@ def test_a_directory_with_a_file_of_another_name(tmp_path, write_torch):
     shutil.copy(tmp_path / "best.pt", tmp_path / "last.pt")
     with pytest.raises(InputError, match=r"best\.pt, last\.pt, and nothing says which.*rename"):
         read_directory(epath.Path(tmp_path))
+
+
+def test_pickles_are_fetched_where_there_is_nothing_else(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def snapshot_download(repository, revision, allow_patterns):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert str(hub.fetch("someone/model")) == str(tmp_path)
+    assert asked[1:] == [["pytorch_model*.bin"]] and not any("bin" in p for p in asked[0])
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    hub.fetch("someone/model")
+    assert asked[2:] == asked[:1]
 
 
 class Runs:
