@@ -88,19 +88,25 @@ def llada_8b() -> Experiment:
 
 
 def llada_8b_sft() -> Experiment:
-    """Fine-tunes GSAI-ML/LLaDA-8B-Base on documents of ``corpus/``, one a row.
+    """Fine-tunes GSAI-ML/LLaDA-8B-Base on conversations, ``messages`` of ``chats/*.jsonl``.
 
     The published recipe (batches of 256, 2.5e-5 after 50 steps of warm-up, down to a tenth over the
-    last 10%) and loss: padding is end-of-sequence tokens that are learnt, and every document counts
-    the same. All of a document is learnt; where prompts are not to be, a batch says so by its
-    ``loss_weights``. The tokenizer must be the model's. The number of steps is ours.
+    last 10%) and loss: only the last answer is masked and learnt, padding up to the batch's longest
+    row is end-of-sequence tokens that are learnt too, and every conversation counts the same. The
+    tokenizer must be the model's, with its chat template; ``data.sources.0.chat=false`` with
+    ``prompt`` and ``field`` reads pairs without one. The number of steps is ours.
     """
     base, steps = llada_8b(), 2000
     return dataclasses.replace(
         base,
         name="llada_8b_sft",
         init_from="GSAI-ML/LLaDA-8B-Base",
-        data=dataclasses.replace(base.data, batch_size=256, packing="first_fit"),
+        data=dataclasses.replace(
+            base.data,
+            batch_size=256,
+            packing="single",
+            sources=(SourceConfig(path="chats/*.jsonl", field="messages", chat=True),),
+        ),
         train=dataclasses.replace(base.train, steps=steps, eval_every=200),
         objective=MaskedDiffusion(normalization="sequence", eos_padding=True, random_length=0.0),
         schedule=WSD(learning_rate=2.5e-5, warmup_steps=50, decay_steps=steps // 10, final=2.5e-6),

@@ -135,8 +135,8 @@ class MaskedDiffusion:
         eps: the least mask probability, ``p = (1 - eps) p(t) + eps``; without exact ratio.
         band: the lowest and highest ``t``.
         random_length: probability that a step's rows are cut to a random length, one for all.
-        eos_padding: padding behind a document becomes end-of-sequence tokens of it, that are
-            learnt as any other (fine-tuning).
+        eos_padding: padding behind a document becomes end-of-sequence tokens of it, up to the
+            batch's longest row, that are learnt as any other (fine-tuning).
         max_logits: see :class:`NextToken`.
     """
 

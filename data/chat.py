@@ -83,6 +83,36 @@ def encode_chat(
     return tokenizer.encode_marked(render_chat(tokenizer, messages, **settings))
 
 
+def encode_answer(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **settings: Any
+) -> tuple[list[int], list[int]]:
+    """Token ids of what the last message answers, and of that message up to the text's end.
+
+    The first are those that a sampler is given; both are tokenized apart, as they are there.
+
+    Args:
+      tokenizer: see `render_chat`.
+      messages: at least a question and the answer.
+      **settings: see `render_chat`.
+
+    Raises:
+      InputError: nothing is answered, the last message is no answer, or the template writes a
+        conversation otherwise once it is answered.
+    """
+    if len(messages) < 2 or messages[-1].get("role") in ("user", "system", None):
+        roles = [message.get("role") for message in messages]
+        raise InputError(f"a chat to learn from ends with the answer to learn; its roles: {roles}")
+    prompt = render_chat(tokenizer, messages[:-1], **settings)
+    whole = render_chat(tokenizer, messages, add_generation_prompt=False, **settings)
+    if not whole.startswith(prompt):
+        raise InputError(
+            "the chat template does not write an answered conversation as the question and then "
+            f"the answer: {whole[: len(prompt) + 20]!r} does not begin with {prompt!r}; give "
+            "prompts and answers in fields of their own"
+        )
+    return tokenizer.encode_marked(prompt), tokenizer.encode_marked(whole[len(prompt) :])
+
+
 def _source(tokenizer: Tokenizer, template: str | None, tools: Any) -> str:
     own = tokenizer.chat_templates
     if template is not None:

@@ -9,7 +9,7 @@ import dataclasses
 from ..errors import InputError
 
 FORMATS = ("auto", "stdlib", "text", "jsonl", "parquet", "arrayrecord")
-PACKINGS = ("concat", "first_fit")
+PACKINGS = ("concat", "first_fit", "single")
 
 # The default number of streams: enough for rows of a batch to come from different documents, few
 # enough to keep the data state small. Fixed: changing it changes every batch of every default run.
@@ -31,6 +31,10 @@ class SourceConfig:
       format: one of `FORMATS`; `auto` goes by the names of the files.
       field: the field (JSONL, ArrayRecord) or column (Parquet) that holds the text. Empty, for
         ArrayRecord: the record itself is the text. Not used by plain text.
+      prompt: the field or column that holds what is read before the text and not learnt; empty for
+        none. For corpora of records, as is `chat`.
+      chat: `field` holds a list of messages (`{"role": ..., "content": ...}`), written by the
+        tokenizer's chat template. The last message is learnt, all before it is its prompt.
       weight: share of the *rows* of a batch, thus of the tokens, relative to the other sources.
       max_document_bytes: a longer text file is cut, at line ends where it can, into documents of
         about this many bytes; other formats say themselves where a document ends.
@@ -39,6 +43,8 @@ class SourceConfig:
     path: str = "stdlib"
     format: str = "auto"
     field: str = "text"
+    prompt: str = ""
+    chat: bool = False
     weight: float = 1.0
     max_document_bytes: int = 65536
 
@@ -47,6 +53,12 @@ class SourceConfig:
             bool(self.path), "path", self.path, 'name a file, a directory, a glob or "stdlib".'
         )
         _require(self.format in FORMATS, "format", self.format, f"use one of {', '.join(FORMATS)}.")
+        _require(
+            not (self.chat and (self.prompt or not self.field)),
+            "chat",
+            self.chat,
+            "its messages are in `field`, and hold their own prompt: name the field, no prompt.",
+        )
         _require(0 < self.weight < float("inf"), "weight", self.weight, "use a positive number.")
         _require(
             self.max_document_bytes >= 64,
@@ -69,7 +81,8 @@ class DataConfig:
       holdout_fraction: see `eval_sources`; ignored (nothing is held out) where that is given.
       tokenizer: `"bytes"`, or what `load_tokenizer` takes.
       packing: `"concat"` cuts the joined documents every T tokens and wastes none; `"first_fit"`
-        keeps documents of at most T tokens whole and pads.
+        keeps documents of at most T tokens whole and pads; `"single"` has one document a row, of
+        which what is beyond T tokens is left out.
       align: every document is filled up with the padding id to a multiple of this many tokens. They
         are tokens of it, so that a model that reads chunks has one document in each.
       add_bos: start every document with the tokenizer's BOS. (EOS ends every document if there is
@@ -136,6 +149,11 @@ class DataConfig:
                 self.num_streams,
                 f"it has to divide batch_size={self.batch_size}.",
             )
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a source says what is read and not learnt; batches then have `loss_weights`."""
+        return any(s.chat or s.prompt for s in (*self.sources, *self.eval_sources))
 
     @property
     def streams(self) -> int:

@@ -2,8 +2,8 @@
 
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 from etils import epath
 
@@ -13,10 +13,19 @@ Split = Literal["train", "eval", "all"]
 
 
 class Document(NamedTuple):
-    """A document: a name to tell it by (file, line or row) and its text, which may be empty."""
+    """A document: a name to tell it by (file, line or row) and its text, which may be empty.
+
+    Attributes:
+      name: to tell it by.
+      text: what is learnt; empty for a conversation.
+      prompt: what is read before it and not learnt.
+      messages: a conversation instead, whose last message is learnt.
+    """
 
     name: str
     text: str
+    prompt: str = ""
+    messages: tuple[Mapping[str, Any], ...] = ()
 
 
 class Source(Protocol):

@@ -1,4 +1,4 @@
-"""Documents to rows of T tokens: concat-then-split and first-fit, with an exact, readable state.
+"""Documents to rows of T tokens: joined, first-fit or one a row, with an exact, readable state.
 
 Written on Grain's iterator interface, but not with its packers: their state (grain 0.2.18,
 `ConcatThenSplitIterDataset`) compares tuples with a sentinel, and after a trip through JSON, which
@@ -11,16 +11,20 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from ..errors import InputError
 
 
 class Tokens(NamedTuple):
-    """A document as token ids, ready to be packed; empty ones are passed over."""
+    """A document as token ids, ready to be packed; empty ones are passed over.
+
+    `weights` says how much each counts in the loss; None is 1.
+    """
 
     name: str
     ids: Int32[np.ndarray, "n"]
+    weights: Float32[np.ndarray, "n"] | None = None
 
 
 class Row(NamedTuple):
@@ -32,12 +36,14 @@ class Row(NamedTuple):
         padding.
       positions: from 0 in every segment; 0 for padding.
       pieces: for every segment, the name of its document and the token that it begins with.
+      loss_weights: how much each token counts, 0 for padding; None where all count the same.
     """
 
     tokens: Int32[np.ndarray, "T"]
     segment_ids: Int32[np.ndarray, "T"]
     positions: Int32[np.ndarray, "T"]
     pieces: tuple[tuple[str, int], ...]
+    loss_weights: Float32[np.ndarray, "T"] | None = None
 
 
 # A run of this many documents without a token is a corpus without text, not bad luck.
@@ -85,8 +91,9 @@ class _Cursor:
                         f"{empty} documents in a row are empty (the last one: {document.name}): "
                         "check the source and its field."
                     )
-        ids = self._document.ids[self._offset : self._offset + most]
-        return Tokens(self._document.name, ids)
+        here = slice(self._offset, self._offset + most)
+        name, ids, weights = self._document
+        return Tokens(name, ids[here], None if weights is None else weights[here])
 
     def skip(self, count: int) -> tuple[str, int]:
         """Passes `count` tokens that `peek` has shown; returns their document and first token."""
@@ -98,19 +105,27 @@ class _Cursor:
             self._before = self._documents.get_state()
         return piece
 
+    def leave(self) -> tuple[str, int]:
+        """Passes what is left of the document that `peek` has shown; returns as `skip`."""
+        return self.skip(len(self._document.ids) - self._offset)
+
 
 class _Builder:
     """A row while it fills."""
 
-    def __init__(self, length: int, pad_id: int):
+    def __init__(self, length: int, pad_id: int, weighted: bool):
+        self._weights = np.zeros(length, np.float32) if weighted else None
         self._tokens = np.full(length, pad_id, np.int32)
         self._segment_ids = np.zeros(length, np.int32)
         self._positions = np.zeros(length, np.int32)
         self._pieces: list[tuple[str, int]] = []
         self.used = 0
 
-    def add(self, ids: np.ndarray, piece: tuple[str, int]) -> None:
+    def add(self, tokens: Tokens, piece: tuple[str, int]) -> None:
+        ids = tokens.ids
         start, end = self.used, self.used + len(ids)
+        if self._weights is not None:
+            self._weights[start:end] = 1 if tokens.weights is None else tokens.weights
         self._pieces.append(piece)
         self._tokens[start:end] = ids
         self._segment_ids[start:end] = len(self._pieces)
@@ -118,31 +133,25 @@ class _Builder:
         self.used = end
 
     def row(self) -> Row:
-        return Row(self._tokens, self._segment_ids, self._positions, tuple(self._pieces))
+        pieces = tuple(self._pieces)
+        return Row(self._tokens, self._segment_ids, self._positions, pieces, self._weights)
 
 
-class ConcatIterator(grain.DatasetIterator):
-    """Cuts the concatenated documents every T tokens; only the very last row can have padding.
+class _RowIterator(grain.DatasetIterator):
+    """What fills one row after another; the state is the cursor's.
 
-    A document that goes on in the next row is a new segment there, with positions from 0.
+    Args: `length`, T; `pad_id`, what padding holds; `weighted`, whether rows have `loss_weights`.
     """
 
-    def __init__(self, documents: grain.DatasetIterator, length: int, pad_id: int):
+    def __init__(self, documents: grain.DatasetIterator, length: int, pad_id: int, weighted: bool):
         super().__init__(documents)
         self._cursor = _Cursor(documents)
         self._length = length
         self._pad_id = pad_id
+        self._weighted = weighted
 
-    def __next__(self) -> Row:
-        builder = _Builder(self._length, self._pad_id)
-        while builder.used < self._length:
-            tokens = self._cursor.peek(self._length - builder.used)
-            if tokens is None:
-                break
-            builder.add(tokens.ids, self._cursor.skip(len(tokens.ids)))
-        if not builder.used:
-            raise StopIteration
-        return builder.row()
+    def _builder(self) -> _Builder:
+        return _Builder(self._length, self._pad_id, self._weighted)
 
     def get_state(self) -> dict[str, Any]:
         """`documents`: Grain's state before the current document; `offset`: its tokens used."""
@@ -153,7 +162,37 @@ class ConcatIterator(grain.DatasetIterator):
         self._cursor.set_state(state)
 
 
-class FirstFitIterator(grain.DatasetIterator):
+class SingleIterator(_RowIterator):
+    """Gives every document a row of its own; what is beyond T tokens of it is left out."""
+
+    def __next__(self) -> Row:
+        tokens = self._cursor.peek(self._length)
+        if tokens is None:
+            raise StopIteration
+        builder = self._builder()
+        builder.add(tokens, self._cursor.leave())
+        return builder.row()
+
+
+class ConcatIterator(_RowIterator):
+    """Cuts the concatenated documents every T tokens; only the very last row can have padding.
+
+    A document that goes on in the next row is a new segment there, with positions from 0.
+    """
+
+    def __next__(self) -> Row:
+        builder = self._builder()
+        while builder.used < self._length:
+            tokens = self._cursor.peek(self._length - builder.used)
+            if tokens is None:
+                break
+            builder.add(tokens, self._cursor.skip(len(tokens.ids)))
+        if not builder.used:
+            raise StopIteration
+        return builder.row()
+
+
+class FirstFitIterator(_RowIterator):
     """Puts every document whole into the first of a window of rows that has room for it.
 
     A document longer than T is cut into pieces of T first. When a piece fits nowhere, the window's
@@ -163,11 +202,8 @@ class FirstFitIterator(grain.DatasetIterator):
 
     _WINDOW = 16
 
-    def __init__(self, documents: grain.DatasetIterator, length: int, pad_id: int):
-        super().__init__(documents)
-        self._cursor = _Cursor(documents)
-        self._length = length
-        self._pad_id = pad_id
+    def __init__(self, documents: grain.DatasetIterator, length: int, pad_id: int, weighted: bool):
+        super().__init__(documents, length, pad_id, weighted)
         self._window: list[Row] = []
         self._start = self._cursor.get_state()
         self._given = 0  # Rows of the window that have been handed out.
@@ -181,9 +217,9 @@ class FirstFitIterator(grain.DatasetIterator):
             if builder is None:
                 if len(builders) == self._WINDOW:
                     break
-                builder = _Builder(self._length, self._pad_id)
+                builder = self._builder()
                 builders.append(builder)
-            builder.add(tokens.ids, self._cursor.skip(size))
+            builder.add(tokens, self._cursor.skip(size))
         return [b.row() for b in builders]
 
     def __next__(self) -> Row:
@@ -213,18 +249,31 @@ class FirstFitIterator(grain.DatasetIterator):
         self._window = []
 
 
-_ITERATORS = {"concat": ConcatIterator, "first_fit": FirstFitIterator}
+_ITERATORS = {"concat": ConcatIterator, "first_fit": FirstFitIterator, "single": SingleIterator}
 
 
 class PackIterDataset(grain.IterDataset):
     """Grain dataset of `Row`s from a Grain dataset of `Tokens`."""
 
-    def __init__(self, documents: grain.IterDataset, packing: str, length: int, pad_id: int):
-        """Args: `packing`, as in `DataConfig`; `length`, T; `pad_id`, what padding holds."""
+    def __init__(
+        self,
+        documents: grain.IterDataset,
+        packing: str,
+        length: int,
+        pad_id: int,
+        *,
+        weighted: bool = False,
+    ):
+        """Args: `packing`, as in `DataConfig`; `length`, T; `pad_id`, what padding holds.
+
+        `weighted`: rows have `loss_weights`.
+        """
         super().__init__(documents)
+        self._weighted = weighted
         self._make = _ITERATORS[packing]
         self._length = length
         self._pad_id = pad_id
 
     def __iter__(self) -> grain.DatasetIterator:
-        return self._make(self._parent.__iter__(), self._length, self._pad_id)
+        documents = self._parent.__iter__()
+        return self._make(documents, self._length, self._pad_id, self._weighted)

@@ -141,7 +141,16 @@ def open_source(
     Raises:
       InputError: missing, empty, unreadable, or nothing on this side of the split.
     """
+
+    def of_records():
+        if config.chat or config.prompt:
+            raise InputError(
+                f"source {config.path!r} is plain text, which has no fields: chat and prompt are "
+                "for JSONL, Parquet and ArrayRecord."
+            )
+
     if "stdlib" in (config.path, config.format):
+        of_records()
         root = None if config.path == "stdlib" else epath.Path(config.path).expanduser()
         files = [File(n, p, p.stat().length) for n, p in corpora.stdlib_files(root)]
         source = TextSource(
@@ -157,6 +166,7 @@ def open_source(
     else:
         format, files = _by_files(config)
         if format == "text":
+            of_records()
             source = TextSource(
                 config.path, files, split, holdout_fraction, config.max_document_bytes
             )

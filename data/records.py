@@ -42,6 +42,29 @@ def _field_of(record: Any, field: str, where: str) -> str:
     return _SURROGATE.sub("\ufffd", text)
 
 
+def _document(record: Any, config: SourceConfig, name: str) -> Document:
+    """What a decoded record holds."""
+    if not config.chat:
+        text = _field_of(record, config.field, name)
+        prompt = _field_of(record, config.prompt, name) if config.prompt and text else ""
+        return Document(name, text, prompt)
+    if not isinstance(record, dict) or config.field not in record:
+        _field_of(record, config.field, name)  # Says what is missing.
+    messages = record[config.field]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise InputError(
+            f"{name}: field {config.field!r} holds no list of messages such as "
+            '{"role": "user", "content": "..."}; for text set chat=false.'
+        )
+    return Document(name, "", messages=tuple(messages))
+
+
+def _identity(config: SourceConfig) -> str:
+    """Which fields are read, and how: part of a corpus's fingerprint."""
+    more = [config.prompt, config.chat] if config.chat or config.prompt else []
+    return " ".join(map(str, [config.field, *more]))
+
+
 def _temporary_file(owner: object, suffix: str = "") -> epath.Path:
     """A file that goes when `owner` does."""
     handle, name = tempfile.mkstemp(prefix="jaxalope-", suffix=suffix)
@@ -62,7 +85,7 @@ class JsonLines:
 
     def __init__(self, config: SourceConfig, files: Sequence[File]):
         self.label = config.path
-        self._field = config.field
+        self._config = config
         self._names = [f.name for f in files]
         self._paths: list[epath.Path] = []
         spans, owners = [], []
@@ -78,7 +101,7 @@ class JsonLines:
         self._spans = np.concatenate(spans)  # [lines, 2], bytes
         self._owners = np.concatenate(owners)
         self._first = np.searchsorted(self._owners, np.arange(len(files)))
-        self.fingerprint = fingerprint_of([self._field, *((f.name, f.size) for f in files)])
+        self.fingerprint = fingerprint_of([_identity(config), *((f.name, f.size) for f in files)])
 
     def _decompress(self, path: epath.Path) -> epath.Path:
         plain = _temporary_file(self, ".jsonl")
@@ -110,7 +133,7 @@ class JsonLines:
             record = json.loads(text)
         except json.JSONDecodeError as e:
             raise InputError(f"{name} is not JSON: {e}") from e
-        return Document(name, _field_of(record, self._field, name))
+        return _document(record, self._config, name)
 
 
 def _copy_zstd(raw: BinaryIO, out: BinaryIO) -> None:
@@ -159,25 +182,29 @@ class Parquet:
             raise InputError("Parquet needs `pyarrow`: pip install 'jaxalope[data]'") from e
         self._parquet, self._arrow_errors = pyarrow.parquet, pyarrow.ArrowException
         self.label = config.path
-        self._field = config.field
+        self._config = config
+        self._columns = [config.field, config.prompt] if config.prompt else [config.field]
         self._files = list(files)
         self._groups: list[tuple[int, int]] = []
         sizes = []
         for n, file in enumerate(files):
             with file.path.open("rb") as f:
-                metadata = self._open(f, file).metadata
-                columns = [metadata.schema.column(c).path for c in range(metadata.num_columns)]
-                if self._field not in columns:
-                    raise InputError(
-                        f"{file.name} has no column {self._field!r}; its columns are {columns}. "
-                        "Set `field`."
-                    )
+                opened = self._open(f, file)
+                metadata, columns = opened.metadata, list(opened.schema_arrow.names)
+                for field in self._columns:
+                    if field not in columns:
+                        raise InputError(
+                            f"{file.name} has no column {field!r}; its columns are {columns}. "
+                            "Set `field`."
+                        )
                 for g in range(metadata.num_row_groups):
                     self._groups.append((n, g))
                     sizes.append(metadata.row_group(g).num_rows)
         self.block_sizes = sizes
         self._ends = np.cumsum(sizes, dtype=np.int64)
-        self.fingerprint = fingerprint_of([self._field, *((f.name, f.size) for f in files), *sizes])
+        self.fingerprint = fingerprint_of(
+            [_identity(config), *((f.name, f.size) for f in files), *sizes]
+        )
         self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -187,15 +214,15 @@ class Parquet:
         except self._arrow_errors as e:
             raise InputError(f"{file.name} is not a Parquet file that can be read: {e}") from e
 
-    def _column(self, block: int) -> Any:
+    def _table(self, block: int) -> Any:
         with self._lock:
             if block not in self._kept:
                 n, group = self._groups[block]
                 with self._files[n].path.open("rb") as f:
                     table = self._open(f, self._files[n]).read_row_group(
-                        group, columns=[self._field]
+                        group, columns=self._columns
                     )
-                self._kept[block] = table.column(0)
+                self._kept[block] = table
                 while len(self._kept) > self._KEPT_GROUPS:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(block)
@@ -209,8 +236,9 @@ class Parquet:
         row = index - (int(self._ends[block - 1]) if block else 0)
         n, group = self._groups[block]
         name = f"{self._files[n].name}#{group}:{row}"
-        value = self._column(block)[row].as_py()
-        return Document(name, _field_of({self._field: value}, self._field, name))
+        table = self._table(block)
+        record = {field: table.column(field)[row].as_py() for field in self._columns}
+        return _document(record, self._config, name)
 
 
 class ArrayRecord:
@@ -222,7 +250,7 @@ class ArrayRecord:
         import grain
 
         self.label = config.path
-        self._field = config.field
+        self._config, self._field = config, config.field
         self._names = [f.name for f in files]
         # The reader opens local files only: others are copied to a temporary file.
         paths = []
@@ -238,7 +266,7 @@ class ArrayRecord:
         except (RuntimeError, ValueError) as e:
             raise InputError(f"source {self.label!r} cannot be read as ArrayRecord: {e}") from e
         self.fingerprint = fingerprint_of(
-            [self._field, self._length, *((f.name, f.size) for f in files)]
+            [_identity(config), self._length, *((f.name, f.size) for f in files)]
         )
 
     def __len__(self) -> int:
@@ -248,7 +276,7 @@ class ArrayRecord:
         name = f"{self.label}#{index}"
         data = self._records[index]
         if self._field and data[:1] == b"\n":  # Key 1, a message: how every Example begins.
-            return Document(name, _field_of(parse_example(data, name), self._field, name))
+            return _document(parse_example(data, name), self._config, name)
         text = decode_utf8(data, 0, name)
         if not self._field:
             return Document(name, text)
@@ -259,7 +287,7 @@ class ArrayRecord:
                 f"{name} is neither JSON nor a tf.train.Example; if the record is the text itself, "
                 f'set field="". ({e})'
             ) from e
-        return Document(name, _field_of(record, self._field, name))
+        return _document(record, self._config, name)
 
 
 class _Side:

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from ..errors import InputError
+from .chat import encode_answer
 from .config import DataConfig, SourceConfig
 from .documents import Document, Source, Split
 from .packing import PackIterDataset, Row, Tokens
 from .readers import open_source
 from .tokenizers import Tokenizer
 
-Batch = dict[str, Int32[np.ndarray, "B T"]]
+Batch = dict[str, Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T"]]
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
@@ -35,7 +36,11 @@ def open_sources(config: DataConfig, split: Split) -> list[tuple[SourceConfig, S
 
 
 def encoder(config: DataConfig, tokenizer: Tokenizer) -> Callable[[Document], Tokens]:
-    """Document -> Tokens, with those that begin, end and fill up a text; an empty one has none."""
+    """Document -> Tokens, with those that begin, end and fill up a text; an empty one has none.
+
+    Where sources have prompts, tokens have weights: 0 for a prompt, 1 for what is learnt. A chat's
+    template writes what begins it.
+    """
     if config.add_bos and tokenizer.bos_id is None:
         raise InputError(
             f"data: add_bos=True, but the tokenizer {config.tokenizer!r} has no BOS. "
@@ -44,10 +49,29 @@ def encoder(config: DataConfig, tokenizer: Tokenizer) -> Callable[[Document], To
     begin = [tokenizer.bos_id] if config.add_bos else []
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
 
+    def halves(document):
+        if document.messages:
+            try:
+                prompt, answer = encode_answer(tokenizer, document.messages)
+            except InputError as e:
+                raise InputError(f"{document.name}: {e}") from e
+            return prompt, answer if set(end) & set(answer) else [*answer, *end]
+        if not document.text:
+            return [], []
+        answer = [*tokenizer.encode(document.text), *end]
+        if not document.prompt:
+            return [], [*begin, *answer]
+        return [*begin, *tokenizer.encode(document.prompt)], answer
+
     def encode(document):
-        ids = [*begin, *tokenizer.encode(document.text), *end] if document.text else []
-        ids += [pad_id(tokenizer)] * (-len(ids) % config.align)
-        return Tokens(document.name, np.array(ids, np.int32))
+        prompt, answer = halves(document)
+        ids = [*prompt, *answer]
+        padding = [pad_id(tokenizer)] * (-len(ids) % config.align)
+        weights = None
+        if config.has_prompts:
+            learnt = [0] * len(prompt) + [1] * len(answer) + [0] * len(padding)
+            weights = np.array(learnt, np.float32)
+        return Tokens(document.name, np.array(ids + padding, np.int32), weights)
 
     return encode
 
@@ -64,7 +88,11 @@ def packed_rows(
     threads = config.read_threads
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return PackIterDataset(
-        tokens.to_iter_dataset(read), config.packing, config.sequence_length, pad_id(tokenizer)
+        tokens.to_iter_dataset(read),
+        config.packing,
+        config.sequence_length,
+        pad_id(tokenizer),
+        weighted=config.has_prompts,
     )
 
 
@@ -97,7 +125,9 @@ class Made(NamedTuple):
 
 def stack(rows: Sequence[Row]) -> Batch:
     """Rows to a batch."""
-    names = ("tokens", "segment_ids", "positions")
+    names = ["tokens", "segment_ids", "positions"]
+    if rows[0].loss_weights is not None:
+        names.append("loss_weights")
     return {name: np.stack([getattr(row, name) for row in rows]) for name in names}
 
 

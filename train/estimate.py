@@ -60,6 +60,8 @@ def estimate(experiment: Experiment, mesh: Mesh | None) -> Estimate:
         name: jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
         for name in ("tokens", "segment_ids", "positions")
     }
+    if experiment.data.has_prompts:
+        batch["loss_weights"] = jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
     compiled = make_train_step(experiment, graphdef).lower(state, batch).compile()
     memory = compiled.memory_analysis()
     return Estimate(

@@ -157,6 +157,11 @@ def _whole(config, model, batch, key):
     if config.eos_padding:
         # A token's id, and on padding that of the token before.
         own = jax.lax.associative_scan(lambda a, b: jnp.where(b != 0, b, a), segment_ids, axis=1)
+        # Only as far as the longest row goes: there is no text behind it that could be shorter.
+        end = jnp.max(jnp.where(segment_ids != 0, jnp.arange(1, tokens.shape[1] + 1), 0))
+        if isinstance(config, BlockDiffusion):
+            end = -(-end // model.config.block_size) * model.config.block_size
+        own = jnp.where(jnp.arange(tokens.shape[1]) < end, own, 0)
         padding = (segment_ids == 0) & (own != 0)
         tokens = jnp.where(padding, model.config.eos_token_id, tokens)
         weights = jnp.where(padding, 1.0, weights)

@@ -263,6 +263,18 @@ def test_padding_ends_a_text_with_tokens_that_are_learnt():
     np.testing.assert_allclose(total / count, expected, rtol=1e-5)
 
 
+def test_padding_goes_as_far_as_the_longest_row():
+    """And in block diffusion to the end of its block."""
+    batch = tokens_of(2, 12)
+    batch["segment_ids"] = jnp.array([[1] * 3 + [0] * 9, [1] * 6 + [0] * 6])
+    for config, end in ((MaskedDiffusion(random_length=0), 6), (BlockDiffusion(), 8)):
+        config = dataclasses.replace(config, eos_padding=True)
+        out = noised(config, model_of(block_size=4 if end == 8 else None), batch)
+        np.testing.assert_array_equal(out["segment_ids"], np.tile(np.arange(12) < end, (2, 1)))
+        np.testing.assert_array_equal(out["counts"] > 0, out["segment_ids"] > 0)
+        assert (out["tokens"][0, 3:end] == TINY.eos_token_id).all()
+
+
 def test_document_sums_and_cart_weights_equal_their_loops():
     rng = np.random.default_rng(0)
     segments = np.array(
