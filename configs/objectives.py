@@ -110,6 +110,12 @@ def _check_noise(objective: MaskedDiffusion | BlockDiffusion) -> None:
         "give the lowest and the highest noise level, such as 0,1 (all) or 0.3,0.8",
     )
     require(
+        objective.sharpening >= 0 and math.isfinite(objective.sharpening),
+        "objective.sharpening",
+        objective.sharpening,
+        "must not be negative; 0 is off",
+    )
+    require(
         objective.max_logits > 0, "objective.max_logits", objective.max_logits, "must be positive"
     )
 
@@ -137,6 +143,8 @@ class MaskedDiffusion:
         random_length: probability that a step's rows are cut to a random length, one for all.
         eos_padding: padding behind a document becomes end-of-sequence tokens of it, up to the
             batch's longest row, that are learnt as any other (fine-tuning).
+        sharpening: weight of the entropy of masked tokens that are guessed right already, so that
+            more of them are sure at once when sampled (LLaDA2.0's CAP loss); 0 is none.
         max_logits: see :class:`NextToken`.
     """
 
@@ -152,6 +160,7 @@ class MaskedDiffusion:
     band: tuple[float, float] = (0.0, 1.0)
     random_length: float = 0.01
     eos_padding: bool = False
+    sharpening: float = 0.0
     max_logits: int = 2**27
 
     def __post_init__(self):
@@ -184,8 +193,8 @@ class BlockDiffusion:
     and the clean one beside it; see ``train/noise.py``.
 
     Attributes:
-        schedule, stratified, eps, band, eos_padding: as of :class:`MaskedDiffusion`, with a level
-            for every block; strata are as many as a batch without padding has blocks.
+        schedule, stratified, eps, band, eos_padding, sharpening: as of :class:`MaskedDiffusion`,
+            with a level for every block; strata are as many as a batch without padding has blocks.
         max_logits: see :class:`NextToken`.
     """
 
@@ -196,6 +205,7 @@ class BlockDiffusion:
     eps: float = 1e-3
     band: tuple[float, float] = (0.0, 1.0)
     eos_padding: bool = False
+    sharpening: float = 0.0
     max_logits: int = 2**27
 
     def __post_init__(self):

@@ -28,9 +28,10 @@ def diffusion(
         key: of what is drawn, where ``batch`` has no ``noisy``.
 
     Returns:
-        Sums; the metrics are ``nll``, the loss itself (of weighting ``"bound"``: a bound on the
-        negative log-likelihood of a token), ``accuracy`` (greedy, weighted as the loss is) and
-        ``masked``, the share of tokens that were.
+        Sums; the metrics are ``nll``, the loss but for the sharpening (of weighting ``"bound"``: a
+        bound on the negative log-likelihood of a token), ``accuracy`` (greedy, weighted as the loss
+        is) and ``masked``, the share of tokens that were; with ``config.sharpening`` also
+        ``entropy``, of masked tokens that are guessed right, per token that could have been masked.
     """
     if "noisy" not in batch:
         batch = add_noise(config, model, batch, key)
@@ -42,13 +43,20 @@ def diffusion(
         **clean,
     )
     targets, weights, counts = batch["tokens"], batch["weights"], batch["counts"]
+    masked = counts * batch["masked"]
+    sharpen = masked if config.sharpening else None
     if model.config.logit_shift:
         # What a row ends with wraps to its start, where no first token is ever masked.
         targets, weights = _following(targets), _following(weights)
-    sums = cross_entropy(model.logits, hidden, targets, weights, max_logits=config.max_logits)
-    metrics = {name: sums[name] for name in ("nll", "accuracy")}
-    metrics["masked"] = jnp.sum(counts * batch["masked"])
-    return sums["nll"], jnp.sum(counts), metrics | {"stats": stats}
+        sharpen = None if sharpen is None else _following(sharpen)
+    sums = cross_entropy(
+        model.logits, hidden, targets, weights, max_logits=config.max_logits, sharpen=sharpen
+    )
+    loss, metrics = sums["nll"], {name: sums[name] for name in ("nll", "accuracy")}
+    metrics["masked"] = jnp.sum(masked)
+    if sharpen is not None:
+        loss, metrics["entropy"] = loss + config.sharpening * sums["entropy"], sums["entropy"]
+    return loss, jnp.sum(counts), metrics | {"stats": stats}
 
 
 def _following(x):

@@ -421,10 +421,37 @@ def test_chunks_of_logits_are_the_whole():
     )
 
 
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("max_logits", [2**27, 1000])
+def test_sharpening_is_the_entropy_where_the_guess_is_right(shift, max_logits):
+    model = model_of(logit_shift=shift, initializer_range=0.3)
+    batch = tokens_of(4, 12) | {"loss_weights": jnp.ones((4, 12)).at[:, :3].set(0)}
+    config = MaskedDiffusion(
+        sharpening=0.5, normalization="sequence", random_length=0, max_logits=max_logits
+    )
+    out = noised(config, model, batch)
+    logits = np.asarray(model(out["noisy"])[0], np.float64)
+    # Half of the targets are what the model says.
+    said = np.roll(logits.argmax(-1), int(shift), axis=1)
+    tokens = np.where(np.arange(12) % 2, said, out["tokens"])
+    out = out | {"tokens": jnp.asarray(tokens, jnp.int32)}
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    entropy = np.roll(-(p * np.log(p)).sum(-1), int(shift), axis=1)
+    chosen = np.asarray(out["masked"]) & (said == tokens)
+    assert 0 < chosen.sum() < np.sum(out["masked"])
+    expected = np.sum(chosen * entropy * np.asarray(out["counts"]))
+    plain, weight, _ = diffusion(dataclasses.replace(config, sharpening=0.0), model, out, KEY)
+    total, same, metrics = diffusion(config, model, out, KEY)
+    assert same == weight and "entropy" in metrics
+    np.testing.assert_allclose(metrics["entropy"], expected, rtol=1e-4)
+    np.testing.assert_allclose(total - plain, 0.5 * expected, rtol=1e-3)
+
+
 # ------------------------------------------------------------------------------------ training
 
 RUNS = {
-    "masked": (MaskedDiffusion(random_length=0.5), {}),
+    "masked": (MaskedDiffusion(random_length=0.5, sharpening=0.3), {}),
     "fine-tuning": (
         MaskedDiffusion(
             normalization="sequence",
