@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -56,6 +57,9 @@ class LLaDAConfig:
         rope_theta: base of the rotary frequencies.
         rms_norm_eps: of every norm.
         initializer_range: standard deviation of the initial weights.
+        initialization: ``"normal"``, or ``"mitchell"``, as published: normal, cut at three standard
+            deviations, which are ``1 / sqrt(inputs)``, and for the last map of a layer's two halves
+            a ``sqrt(2 (layer + 1))``-th of it, layers counted from 0.
         bos_token_id, eos_token_id, pad_token_id: special ids, None where there is none.
         dtype: of activations and products; parameters are float32.
         scan_layers: run the blocks by one scan.
@@ -76,6 +80,7 @@ class LLaDAConfig:
     rope_theta: float = 500000.0
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    initialization: str = "normal"
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -116,6 +121,10 @@ class LLaDAConfig:
             raise InputError(
                 f"model.block_size={self.block_size} must be at least 1; None is one block"
             )
+        if self.initialization not in ("normal", "mitchell"):
+            raise InputError(
+                f"model.initialization={self.initialization!r} is not one of normal, mitchell"
+            )
         if self.rope_theta <= 0:
             raise InputError(f"model.rope_theta={self.rope_theta} must be positive")
 
@@ -151,6 +160,7 @@ class LLaDAConfig:
             bos_token_id=126080,
             eos_token_id=126081,
             pad_token_id=126081,
+            initialization="mitchell",
             dtype="bfloat16",
             remat="full",
         )
@@ -243,6 +253,8 @@ class LLaDA(Decoder):
         norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
         head = "tied" if config.tie_word_embeddings else "own"
         super().__init__(config, LlamaBlock, norm, rngs=rngs, head=head)
+        if config.initialization == "mitchell":
+            _mitchell(self, rngs)
 
     def hidden_states(
         self,
@@ -287,3 +299,32 @@ class LLaDA(Decoder):
         length = filled(cache.length, positions, written)
         hidden, cache, stats = super().hidden_states(tokens, cache, **context, slots=positions)
         return hidden, dataclasses.replace(cache, length=length), stats
+
+
+def _mitchell(model: LLaDA, rngs: nnx.Rngs) -> None:
+    """Draw all matrices again, as ``config.initialization`` says."""
+
+    def draw(param: nnx.Param, inputs: int, depth: Any = 0.5):
+        stddev = 1 / jnp.sqrt(2 * jnp.asarray(depth, jnp.float32) * inputs)
+        shape = param[...].shape
+        noise = jax.random.truncated_normal(rngs.params(), -3, 3, shape, jnp.float32)
+        param[...] = noise * stddev.reshape(stddev.shape + (1,) * (len(shape) - stddev.ndim))
+
+    def draw_block(block: LlamaBlock, layer: Any):
+        width, hidden = model.config.hidden_size, model.config.intermediate_size
+        mixer, ffn = block.mixer, block.ffn
+        for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj, ffn.gate_proj, ffn.up_proj):
+            draw(linear.kernel, width)
+        draw(mixer.o_proj.kernel, width, layer + 1)
+        draw(ffn.down_proj.kernel, hidden, layer + 1)
+
+    stack = model.stack
+    draw(model.embed.embedding, model.config.hidden_size)
+    for i, block in enumerate(stack.head):
+        draw_block(block, i)
+    for i, block in enumerate(stack.body):
+        draw_block(block, stack.plan.start + i + stack.plan.period * jnp.arange(stack.plan.repeats))
+    for i, block in enumerate(stack.tail):
+        draw_block(block, stack.plan.stop + i)
+    if hasattr(model, "lm_head"):
+        draw(model.lm_head.kernel, model.config.hidden_size)

@@ -61,6 +61,7 @@ _READ_ELSEWHERE = (
     "mlp_hidden_size",
     "mlp_ratio",
     "multi_query_attention",
+    "init_fn",
     "n_kv_heads",
     "rope_parameters",
     "rope_scaling",
@@ -76,7 +77,6 @@ _UNUSED = (
     "flash_attention",
     "init_cutoff_factor",
     "init_device",
-    "init_fn",
     "max_sequence_length",
     "precision",
     "residual_dropout",
@@ -142,6 +142,8 @@ def config_from_published(published: Mapping[str, Any]) -> LLaDAConfig:
         intermediate_size=published.get("mlp_hidden_size") or published.get("mlp_ratio", 4) * width,
         block_size=published.get("block_size"),
         logit_shift=published.get("logit_shift", False),
+        # Of fresh weights alone; other names (full_megatron, ...) are normal here.
+        initialization="mitchell" if published.get("init_fn") == "mitchell" else "normal",
         rope_theta=rope_theta(published, 10000.0),
         dtype=compute_dtype(published),
     )
@@ -162,9 +164,10 @@ def config_to_published(config: LLaDAConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "block_size": config.block_size,
         "logit_shift": config.logit_shift,
+        "init_fn": config.initialization,
     }
     # What published files do not have is written where it says something.
-    quiet = {"bos_token_id": None, "block_size": None, "logit_shift": False}
+    quiet = {"bos_token_id": None, "block_size": None, "logit_shift": False, "init_fn": "normal"}
     return {k: v for k, v in contents.items() if k not in quiet or v != quiet[k]}
 
 

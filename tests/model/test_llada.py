@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -384,6 +385,33 @@ def test_eight_devices_equal_one(name):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), found, expected
     )
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_published_initialization_depends_on_inputs_and_depth(scan):
+    """The standard deviation of each matrix, z below 5; nothing beyond three of the nominal one."""
+    config = dataclasses.replace(
+        LLaDAConfig.tiny(), hidden_size=64, initialization="mitchell", scan_layers=scan
+    )
+    model = build_model(config, jax.random.key(0))
+    d, f = config.hidden_size, config.intermediate_size
+    found = {"embed": (model.embed.embedding, d, 1), "head": (model.lm_head.kernel, d, 1)}
+    parts = unstack(nnx.to_pure_dict(nnx.split(model.stack)[1]), model.stack.plan)
+    for i, block in enumerate(parts):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            found[f"{name} {i}"] = (block["mixer"][name]["kernel"], d, 1)
+        for name in ("gate_proj", "up_proj"):
+            found[f"{name} {i}"] = (block["ffn"][name]["kernel"], d, 1)
+        found[f"o_proj {i}"] = (block["mixer"]["o_proj"]["kernel"], d, 2 * (i + 1))
+        found[f"down_proj {i}"] = (block["ffn"]["down_proj"]["kernel"], f, 2 * (i + 1))
+    assert len(found) == 2 + 7 * config.num_layers
+    for name, (kernel, inputs, deep) in found.items():
+        x = np.asarray(kernel[...]) * math.sqrt(inputs * deep)
+        assert np.abs(x).max() <= 3.0001, name
+        # A standard normal that is cut at three has this deviation, and a kurtosis below 3.
+        assert abs(x.std() / 0.98658 - 1) < 5 / math.sqrt(2 * x.size), name
+    with pytest.raises(InputError, match=r"model\.initialization='xavier'"):
+        dataclasses.replace(config, initialization="xavier")
 
 
 def test_config_is_json_and_checked():
