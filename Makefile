@@ -2,6 +2,8 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= auto
+# Which tests `make test` runs.
+MARKS   ?= not parity
 BIN      = $(VENV)/bin
 
 # The newest JAX needs Python 3.12; empty where there is none.
@@ -19,15 +21,16 @@ demo: $(VENV)/.base
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not parity'
+	$(BIN)/python -m pytest -n $(WORKERS) -m '$(MARKS)'
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -n $(WORKERS) -m parity tests/parity
 
-# The same suite under Python 3.12 or newer, hence the newest JAX, where such a Python is found.
+# The same suite under Python 3.12 or newer, hence the newest JAX, where such a Python is found; but
+# for long tests, whose laws are of our own making and which pass or fail with any JAX alike.
 test-newest:
 	@if [ -z "$(NEWEST)" ]; then echo 'No Python 3.12 or newer: the newest JAX is not tested here.'; \
-	else $(MAKE) test PYTHON="$(NEWEST)" VENV=.venv-newest; fi
+	else $(MAKE) test PYTHON="$(NEWEST)" VENV=.venv-newest MARKS='not parity and not long'; fi
 
 bench: $(VENV)/.parity
 	$(BIN)/python bench/kda.py

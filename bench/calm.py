@@ -49,6 +49,7 @@ _AUTOENCODER = flags.DEFINE_string(
 )
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each side.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Optimizer steps; the experiment's if absent.")
+_SIDES = flags.DEFINE_multi_string("side", [], "Ablations to run; all if absent.")
 _POINTS = flags.DEFINE_integer("points", 4, "Places of a run that are scored.", lower_bound=1)
 _TURNS = flags.DEFINE_integer("turns", 5, "Times that each side writes.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", 512, "Of the models that write.")
@@ -68,7 +69,8 @@ def autoencoder_workdir(folder: pathlib.Path, **objective) -> tuple[str, float]:
     """A trained autoencoder, and the seconds that it took."""
     experiment = get_experiment("calm_autoencoder_demo")
     experiment = dataclasses.replace(experiment, objective=Reconstruction(**objective))
-    workdir = folder / f"autoencoder-{abs(hash(tuple(sorted(objective.items())))):x}"
+    name = "-".join(["autoencoder", *(f"{k}={v}" for k, v in sorted(objective.items()))])
+    workdir = folder / name
     start = time.perf_counter()
     train(experiment, workdir)
     return str(workdir), time.perf_counter() - start
@@ -290,45 +292,42 @@ def draw(rows: list[dict], path: str) -> None:
 
 def run_ablations(folder: pathlib.Path) -> list[dict]:
     """The demo with one thing changed: what the paper's ablations change."""
-    usual = _AUTOENCODER.value or autoencoder_workdir(folder)[0]
-    unclipped = autoencoder_workdir(folder, kl_floor=0.0)[0]
-    no_dropout = autoencoder_workdir(folder, token_dropout=0.0, latent_dropout=0.0)[0]
-    plain = autoencoder_workdir(folder, kl_weight=0.0, token_dropout=0.0, latent_dropout=0.0)[0]
     base = get_experiment("calm_demo")
+    no_dropout = {"token_dropout": 0.0, "latent_dropout": 0.0}
 
-    def over(workdir, **changes):
-        changes = {"objective": NextVector(num_targets=32, min_reconstruction=0.0), **changes}
-        return dataclasses.replace(with_part(base, "autoencoder", workdir), **changes)
-
-    def head(name):
-        experiment = over(usual)
+    def over(objective=None, head="energy", **autoencoder):
+        workdir = None if autoencoder else _AUTOENCODER.value
+        workdir = workdir or autoencoder_workdir(folder, **autoencoder)[0]
+        experiment = with_part(base, "autoencoder", workdir)
         return dataclasses.replace(
-            experiment, model=dataclasses.replace(experiment.model, head=name)
+            experiment,
+            model=dataclasses.replace(experiment.model, head=head),
+            objective=objective or NextVector(num_targets=32, min_reconstruction=0.0),
         )
 
     def samples(count):
-        return over(usual, objective=NextVector(num_samples=count, num_targets=32))
+        return NextVector(num_samples=count, num_targets=32)
 
     sides = {
-        "as it is": over(usual),
-        "KL not clipped": over(unclipped),
-        "no dropout": over(no_dropout),
-        "no KL, no dropout": over(plain),
-        "diffusion head": head("diffusion"),
-        "flow head": head("flow"),
-        "N = 2": samples(2),
-        "N = 4": samples(4),
-        "N = 12": samples(12),
+        "as it is": over,
+        "KL not clipped": lambda: over(kl_floor=0.0),
+        "no dropout": lambda: over(**no_dropout),
+        "no KL, no dropout": lambda: over(kl_weight=0.0, **no_dropout),
+        "diffusion head": lambda: over(head="diffusion"),
+        "flow head": lambda: over(head="flow"),
+        "N = 2": lambda: over(samples(2)),
+        "N = 4": lambda: over(samples(4)),
+        "N = 12": lambda: over(samples(12)),
     }
-    rows, lines = [], []
-    for name, experiment in sides.items():
-        runs = []
+    chosen = _SIDES.value or list(sides)
+    lines = []
+    for name in chosen:
+        experiment, runs = sides[name](), []
         for seed in range(_SEEDS.value):
             workdir = folder / f"{name}-{seed}".replace(" ", "_").replace(",", "")
             last = scored_run(experiment, workdir, seed, 1)[-1]
             runs.append({"side": name, **last})
             write_rows(_OUTPUT.value, [{**facts(), **runs[-1]}])
-        rows += runs
         factors = [statistics.median(r["brier"][n] for r in runs) for n in range(4)]
         cells = " / ".join(f"{100 * x:.1f}" for x in factors)
         took = spread((r["train_seconds"] for r in runs), 0)

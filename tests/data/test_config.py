@@ -33,6 +33,7 @@ def test_default_streams_divide_the_batch(batch_size, streams):
         ("holdout_fraction", 0.9),
         ("packing", "best_fit"),
         ("seed", -1),
+        ("align", 0),
         ("num_streams", 3),
         ("prefetch_batches", -1),
         ("read_threads", -1),
