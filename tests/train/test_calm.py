@@ -251,16 +251,21 @@ def _experiment(name, **changes):
     return dataclasses.replace(base, data=data, model=model)
 
 
+_MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
+_LONG = {"data": 1, "fsdp": 4, "context": 2}
+
+
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("name", "changes", "meshes"),
     [
-        ("calm_autoencoder_tiny", {}),
-        ("calm_tiny", {}),
-        ("calm_tiny", {"head": "diffusion"}),
-        ("calm_tiny", {"head": "flow"}),
+        ("calm_autoencoder_tiny", {}, [_LONG]),
+        ("calm_tiny", {}, [_MIXED, _LONG]),
+        ("calm_tiny", {"head": "diffusion"}, [_LONG]),
+        ("calm_tiny", {"head": "flow"}, [_MIXED]),
     ],
+    ids=["autoencoder", "energy", "diffusion", "flow"],
 )
-def test_eight_devices_and_microbatches_change_nothing(name, changes):
+def test_eight_devices_and_microbatches_change_nothing(name, changes, meshes):
     experiment, batch = _experiment(name, **changes), _batch()
     alone, before, after = _run(experiment, batch)
     if name == "calm_autoencoder_tiny":
@@ -272,7 +277,7 @@ def test_eight_devices_and_microbatches_change_nothing(name, changes):
         experiment, train=dataclasses.replace(experiment.train, accumulation=2)
     )
     np.testing.assert_allclose(_run(parts, batch)[0], alone, rtol=1e-4)
-    for axes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "context": 2}):
+    for axes in meshes:
         sharded = dataclasses.replace(experiment, mesh=MeshConfig(**axes))
         mesh = make_mesh(sharded.mesh)
         with use_mesh(mesh, sharded.rules):
