@@ -6,7 +6,8 @@ The state S [K, V] of a head follows, per token (Kimi Linear report, section 3),
 
 `kda` is the public function; `reference` is the oracle that every other implementation is judged
 against. A new backend is a file of this folder, a line in `_IMPLEMENTATIONS` and, where it is the
-best choice for a platform, a line in `_BY_PLATFORM`; callers do not change.
+best choice for a platform, a line in `_BY_PLATFORM`; callers do not change. An implementation is
+given Hv / H value heads a q/k head, or, wrapped in `_ungrouped`, one.
 """
 
 import functools
@@ -18,14 +19,32 @@ from jaxtyping import Array, Float, Int
 from ....errors import InputError
 from ...segments import is_token
 from .gates import bounded_gate, l2norm, softplus_gate
+from .pallas_tpu import kda_pallas_tpu
 from .reference import kda_reference
 from .step import kda_step, repeat_heads
 from .xla import kda_xla
 
 __all__ = ["bounded_gate", "kda", "kda_step", "l2norm", "softplus_gate"]
 
-_IMPLEMENTATIONS = {"reference": kda_reference, "xla": kda_xla}
-# What `implementation=None` runs, by the platform that the code is lowered for.
+
+def _ungrouped(run):
+    """Repeats q/k heads for an implementation that takes one a value head."""
+
+    @functools.wraps(run)
+    def repeated(q, k, v, *rest, **static):
+        q, k = (repeat_heads(x, v.shape[2], axis=2) for x in (q, k))
+        return run(q, k, v, *rest, **static)
+
+    return repeated
+
+
+_IMPLEMENTATIONS = {
+    "reference": _ungrouped(kda_reference),
+    "xla": _ungrouped(kda_xla),
+    "pallas_tpu": kda_pallas_tpu,
+}
+# What `implementation=None` runs, by the platform that the code is lowered for. The TPU kernels are
+# not here yet: no TPU has timed them.
 _BY_PLATFORM = {"default": "xla"}
 _CHUNK_SIZES = (16, 32, 64, 128)
 
@@ -56,16 +75,18 @@ def kda(
         is zero. A change of non-zero id between successive tokens restarts the state from zero.
       scale: factor of the queries; None is K ** -0.5.
       chunk_size: tokens a chunk, 16, 32, 64 or 128; every size gives the same result.
-      implementation: "reference", "xla", or None for the best one where the code is lowered.
+      implementation: "reference", "xla", "pallas_tpu" (float32 or bfloat16, heads up to 256 wide,
+        lowered for TPU), or None for the best one where the code is lowered.
 
     Returns:
       o in v's dtype, and the float32 state after each row's last token.
 
     Raises:
-      InputError: shapes that do not fit together, or an implementation or chunk size not on offer.
+      InputError: shapes that do not fit together, an implementation or chunk size not on offer, or
+        an implementation that was named and cannot run here; None falls back instead.
     """
     _check(q, k, v, g, beta, initial_state, segment_ids, chunk_size, implementation)
-    length, num_value_heads = v.shape[1:3]
+    length = v.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
     if segment_ids is not None:
@@ -80,7 +101,6 @@ def kda(
         one = (x[:, 0] for x in (q, k, v, g, beta))
         o, state = kda_step(*one, initial_state, scale=scale)
         return o[:, None], state
-    q, k = (repeat_heads(x, num_value_heads, axis=2) for x in (q, k))
     chunk = min(chunk_size, max(_CHUNK_SIZES[0], 1 << (length - 1).bit_length()))
     q, k, v, g, beta, segment_ids = (
         _pad_tokens(x, -length % chunk) for x in (q, k, v, g, beta, segment_ids)
