@@ -6,12 +6,24 @@ The two run in turns on the same inputs; a speed-up is taken within a turn and r
 median of the turns with the lowest and the highest. Memory is what the compiled program allocates
 for temporaries (`memory_analysis`), inputs and outputs not counted. The last columns divide time
 and memory by T: linear scaling is a constant column.
+
+    python bench/kda.py --topology=v5e:2x2 --implementation=pallas_tpu --shape=kimi_48b \
+        --dtype=bfloat16 --lengths=8192 --output=bench/results/kda_tpu_compile.jsonl
+
+compiles the two passes for a chip of that kind instead: libtpu is needed, a TPU is not. Nothing
+runs; the columns are what the compiler says of its programs: VMEM of each kernel,
+FLOPs and bytes (of a Pallas kernel, those that the kernel declares) and memory of temporaries.
 """
+
+import functools
+import os
+import re
 
 import jax
 import jax.numpy as jnp
 import report
 from absl import app, flags
+from jax.experimental import topologies
 
 from jaxalope.layers.ops.kda import kda, l2norm, softplus_gate
 from jaxalope.layers.ops.kda.shapes import SHAPES
@@ -23,6 +35,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of q, k
 _CHUNK = flags.DEFINE_integer("chunk_size", 64, "Tokens a chunk of the chunked form.")
 _FORM = flags.DEFINE_string("implementation", "xla", "The chunked form to measure.")
 _TURNS = flags.DEFINE_integer("turns", 7, "Measurements of each form.", lower_bound=1)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for a chip of this kind: v5e:2x2.")
 _OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JSON lines.")
 
 
@@ -64,6 +77,49 @@ def programs(implementation: str):
     return {"forward": forward, "forward+backward": both}
 
 
+# What the compiler reserves of on-chip memory (space 1 is VMEM) for each kernel.
+_VMEM = re.compile(
+    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
+)
+
+
+def compile_ahead(facts):
+    """Compiles for `--topology`, and prints and writes what the compiler says."""
+    # Several processes may compile at once: none of them holds a TPU.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    device = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY.value).devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    rows, lines = [], []
+    for length in map(int, _LENGTHS.value):
+        arrays = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            jax.eval_shape(functools.partial(inputs, length)),
+        )
+        for name, program in programs(_FORM.value).items():
+            compiled = jax.jit(program).lower(*arrays).compile()
+            cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+            kernels = [x for x in compiled.as_text().splitlines() if '"tpu_custom_call"' in x]
+            row = {
+                "pass": name,
+                "form": _FORM.value,
+                "length": length,
+                "target": device.device_kind,
+                "vmem_bytes": [int(m[1]) for m in map(_VMEM.search, kernels) if m],
+                "flops": cost["flops"],
+                "bytes_accessed": cost["bytes accessed"],
+                "temporary_bytes": memory.temp_size_in_bytes,
+            }
+            rows.append(facts | row)
+            vmem = " + ".join(f"{x / 2**20:.1f}" for x in row["vmem_bytes"]) or "-"
+            giga = (f"{row[key] / 1e9:.2f}" for key in ("flops", "bytes_accessed"))
+            temporaries = f"{row['temporary_bytes'] / 2**20:.0f}"
+            lines.append((row["target"], name, _FORM.value, length, vmem, *giga, temporaries))
+    headers = ("chip", "pass", "form", "T", "VMEM, MiB", "GFLOP", "GB", "temporaries, MiB")
+    print(report.table(headers, lines))
+    report.write_rows(_OUTPUT.value, rows)
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
@@ -71,6 +127,9 @@ def main(argv):
         shape=_SHAPE.value, batch=_BATCH.value, dtype=_DTYPE.value, chunk_size=_CHUNK.value
     )
     print(" ".join(f"{key}={value}" for key, value in facts.items()), flush=True)
+    if _TOPOLOGY.value:
+        compile_ahead(facts)
+        return
     rows, lines = [], []
     forms = (_FORM.value, "reference")
     for name in programs(forms[0]):
