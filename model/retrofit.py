@@ -26,7 +26,7 @@ from ..layers.decoding_heads import DecodingHeads
 from ..sharding import param_axes, path_name, shardings, split
 from .handle import Model
 from .lora import LoRAConfig
-from .registry import build_model
+from .registry import build_model, decoding_of
 
 
 @runtime_checkable
@@ -130,8 +130,9 @@ def hidden_size(module: nnx.Module) -> int:
     Raises:
         InputError: the module has no ``hidden_states`` and ``logits``.
     """
+    drawn = decoding_of(getattr(module, "config", None)) == "next_vector"
     for door in ("hidden_states", "logits"):
-        if not callable(getattr(module, door, None)):
+        if not callable(getattr(module, door, None)) or (drawn and door == "logits"):
             raise InputError(
                 f"model={type(module).__name__} has no `{door}`: it predicts no tokens, so there "
                 "is nothing for decoding heads to read"

@@ -2,17 +2,16 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-import jaxalope.model
+import jaxalope
 from jaxalope.data.config import DataConfig, SourceConfig
 from jaxalope.data.pipeline import eval_batches
 from jaxalope.data.tokenizers import load_tokenizer
-from jaxalope.evals import __main__ as cli
 from jaxalope.evals import brier_lm
 from jaxalope.model import LLaDAConfig, Model, build_model
 from jaxalope.sharding import init_params
@@ -27,29 +26,28 @@ def model():
     return Model(config, graphdef, params, load_tokenizer("bytes"))
 
 
-@pytest.fixture
-def run(model, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(jaxalope.model, "load", lambda path, step=None, ema=False: model)
-    (tmp_path / "config.json").write_text("{}")  # As of a published model.
-    (tmp_path / "text.txt").write_text("".join(f"def f{i}(x): return x + {i}\n" for i in range(40)))
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """The command as a process: flags of two command lines share their names in one."""
+    here = tmp_path_factory.mktemp("evals")
+    jaxalope.save(model, here / "model")
+    (here / "text.txt").write_text("".join(f"def f{i}(x): return x + {i}\n" for i in range(40)))
 
     def call(*arguments):
-        with flagsaver.flagsaver():
-            flags.FLAGS.unparse_flags()
-            for name in flags.FLAGS:
-                flags.FLAGS[name].present = 0
-            flags.FLAGS(["evals", *arguments])
-            status = cli.main(["evals"])
-        found = capsys.readouterr()
-        return status, found.out, found.err
+        command = [sys.executable, "-m", "jaxalope.evals"]
+        done = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, cwd=here, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
 
+    call.here = here
     return call
 
 
-def test_the_numbers_are_those_of_brier_lm(model, run, tmp_path):
-    path, output = str(tmp_path / "text.txt"), tmp_path / "out.json"
+def test_the_numbers_are_those_of_brier_lm(model, run):
+    path, output = str(run.here / "text.txt"), run.here / "out.json"
     status, out, err = run(
-        f"--model={tmp_path}", f"--data={path}", "--sequence_length=64", "--batch_size=4",
+        "--model=model", f"--data={path}", "--sequence_length=64", "--batch_size=4",
         "--num_batches=1", "--num_positions=6", "--seed=3", f"--output={output}",
     )  # fmt: skip
     assert status == 0, err
@@ -67,15 +65,15 @@ def test_the_numbers_are_those_of_brier_lm(model, run, tmp_path):
     ("arguments", "message"),
     [
         ([], "--model is missing"),
-        (["--model=HERE"], "--data is missing"),
-        (["--model=HERE", "--data=HERE/none"], "HERE/none"),
-        (["--model=HERE", "--num_positions=-1"], "--num_positions=-1"),
-        (["--model=HERE", "--data=HERE/text.txt", "--batch_size=0"], "batch_size=0"),
-        (["--model=HERE", "--data=HERE/text.txt", "--output=HERE/no/x"], "--output=HERE/no/x"),
+        (["--model=model"], "--data is missing"),
+        (["--model=model", "--data=HERE/none"], "HERE/none"),
+        (["--model=model", "--num_positions=-1"], "--num_positions=-1"),
+        (["--model=model", "--data=HERE/text.txt", "--batch_size=0"], "batch_size=0"),
+        (["--model=model", "--data=HERE/text.txt", "--output=HERE/no/x"], "--output=HERE/no/x"),
     ],
 )
-def test_bad_input_is_one_line_and_status_two(run, tmp_path, arguments, message):
-    here = str(tmp_path)
+def test_bad_input_is_one_line_and_status_two(run, arguments, message):
+    here = str(run.here)
     status, out, err = run(*(a.replace("HERE", here) for a in arguments))
     assert status == 2 and not out
     assert err.startswith("error: ") and err.count("\n") == 1
