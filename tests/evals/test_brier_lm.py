@@ -21,6 +21,8 @@ from jaxalope.model.calm import CALMConfig
 from jaxalope.model.calm_autoencoder import CALMAutoencoderConfig
 from jaxalope.sharding import MeshConfig, init_params, make_mesh, param_axes, shardings
 
+pytestmark = pytest.mark.long
+
 TEXT = [1, 0, 2, 2, 1, 0, 0, 2, 1]
 
 

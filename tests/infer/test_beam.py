@@ -22,6 +22,8 @@ from jaxalope.infer.policy import Policy, policy
 from jaxalope.model import KimiLinearConfig, build_model
 from jaxalope.sharding import MeshConfig, init_params, make_mesh
 
+pytestmark = pytest.mark.long
+
 # One layer of each kind.
 SMALL = dataclasses.replace(
     KimiLinearConfig.tiny(), num_layers=2, kda_layers=(1,), full_attn_layers=(2,)

@@ -17,6 +17,8 @@ from jaxalope.infer.driver import decoder_of
 from jaxalope.model import KimiLinearConfig, build_model
 from jaxalope.sharding import init_params
 
+pytestmark = pytest.mark.long
+
 TINY = KimiLinearConfig.tiny()
 PROMPTS = ["def f(x):", "i", "class Jackalope: has antlers"]
 

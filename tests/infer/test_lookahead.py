@@ -22,6 +22,8 @@ from jaxalope.infer.request import make_batch
 from jaxalope.model import KimiLinearConfig, build_model
 from jaxalope.sharding import init_params
 
+pytestmark = pytest.mark.long
+
 GOLDEN = toys.golden()
 SEQUENCES = [tuple(s) for s in GOLDEN["sequences"]]
 RUNS = 6000

@@ -21,6 +21,8 @@ from jaxalope.infer.request import make_batch
 from jaxalope.model import KimiLinearConfig, build_model
 from jaxalope.sharding import MeshConfig, init_params, make_mesh
 
+pytestmark = pytest.mark.long
+
 CHAINS = 40_000
 NUMBERS = golden()
 

@@ -30,6 +30,8 @@ from jaxalope.infer.smc import (
 from jaxalope.model import KimiLinearConfig, build_model
 from jaxalope.sharding import init_params
 
+pytestmark = pytest.mark.long
+
 GOLDEN = toys.golden()
 RUNS = 4000
 TINY = KimiLinearConfig.tiny()

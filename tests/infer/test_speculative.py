@@ -33,6 +33,8 @@ from jaxalope.infer.speculative import Accepted, Drafted, judge
 from jaxalope.model import KimiLinearConfig, build_model
 from jaxalope.sharding import MeshConfig, init_params, make_mesh
 
+pytestmark = pytest.mark.long
+
 TINY = KimiLinearConfig.tiny()
 # One layer of each kind.
 SMALL = dataclasses.replace(TINY, num_layers=2, kda_layers=(1,), full_attn_layers=(2,))

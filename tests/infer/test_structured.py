@@ -15,6 +15,8 @@ from jaxalope.infer.structured import Guided, GuidedRun
 from jaxalope.model import KimiLinearConfig, build_model
 from jaxalope.sharding import MeshConfig, init_params, make_mesh, use_mesh
 
+pytestmark = pytest.mark.long
+
 TINY = KimiLinearConfig.tiny()
 SCHEMA = JsonSchema(
     {

@@ -47,6 +47,8 @@ from jaxalope.sharding import (
 from jaxalope.train.optimizers import flatten
 from jaxalope.train.step import init_state, make_train_step
 
+pytestmark = pytest.mark.long
+
 # A dense block of KDA, then a scanned one of MLA and experts.
 KIMI = dataclasses.replace(
     KimiLinearConfig.tiny(), num_layers=3, kda_layers=(1,), full_attn_layers=(2, 3)

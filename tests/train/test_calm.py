@@ -22,6 +22,8 @@ from jaxalope.train.reconstruction import reconstruction
 from jaxalope.train.step import batch_sharding, init_state, make_train_step
 from jaxalope.train.sums import row_draw, row_uniform
 
+pytestmark = pytest.mark.long
+
 K, ROWS, LENGTH = 4, 4, 24
 train = functools.partial(train_on, devices=jax.devices()[:1], quiet=True)
 KEY = jax.random.key(7)

@@ -32,6 +32,8 @@ from jaxalope.infer.rows import NO_TOKEN
 from jaxalope.model import KimiLinearConfig, build_model
 from jaxalope.sharding import MeshConfig, abstract, make_mesh
 
+pytestmark = pytest.mark.long
+
 FOLDER = pathlib.Path(__file__).parents[2] / "fixtures" / "llada_tiny"
 GOLDEN = json.loads((FOLDER / "elastic.json").read_text())
 MASK = 90

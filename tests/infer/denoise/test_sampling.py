@@ -32,6 +32,8 @@ from jaxalope import (
     parse_rule,
 )
 
+pytestmark = pytest.mark.long
+
 PROMPT = [10, 78, 63, 13, 81]
 
 

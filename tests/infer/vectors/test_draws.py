@@ -18,6 +18,8 @@ from jaxalope import BatchTemperature, ExactTemperature, InputError, Temperature
 from jaxalope.infer.vectors import draw_chunks
 from jaxalope.infer.vectors.temperature import chunk_policies, exponent
 
+pytestmark = pytest.mark.long
+
 FALSE_ALARM = 1e-6
 # Six chunks of two tokens: (0, 0), (0, 1), (0, 2), (1, 0), ...
 P = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])

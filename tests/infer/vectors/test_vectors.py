@@ -29,6 +29,8 @@ from jaxalope.model import CALMConfig, build_model
 from jaxalope.model.calm_autoencoder import CALMAutoencoderConfig
 from jaxalope.sharding import MeshConfig, init_params, make_mesh
 
+pytestmark = pytest.mark.long
+
 PROMPTS = ["abcd", "def f(x): re", "class Jackalope:"]
 K = 4
 
