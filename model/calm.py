@@ -24,7 +24,7 @@ from ..layers.norm import LayerNorm, RMSNorm
 from ..layers.segments import is_token
 from .calm_autoencoder import CALMAutoencoder, CALMAutoencoderConfig
 from .decoder import Decoder, DecoderCache, check_config
-from .llama import LlamaBlock
+from .llama import LlamaBlock, check_heads
 
 _POSITIVE = (
     "hidden_size",
@@ -85,21 +85,7 @@ class CALMConfig:
 
     def __post_init__(self):
         check_config(self, _POSITIVE)
-        for name, multiple_of in (
-            ("num_attention_heads", "num_kv_heads"),
-            ("hidden_size", "num_attention_heads"),
-        ):
-            if getattr(self, name) % getattr(self, multiple_of):
-                raise InputError(
-                    f"model.{name}={getattr(self, name)} is not a multiple of "
-                    f"model.{multiple_of}={getattr(self, multiple_of)}"
-                )
-        if self.head_dim % 2:
-            raise InputError(
-                f"model.hidden_size={self.hidden_size} / model.num_attention_heads="
-                f"{self.num_attention_heads} = {self.head_dim} dimensions a head; they are turned "
-                "in pairs, so the number must be even"
-            )
+        check_heads(self)
         if self.head not in HEADS:
             raise InputError(f"model.head={self.head!r} is not one of {sorted(HEADS)}")
         if self.head_steps is not None:

@@ -22,7 +22,7 @@ from ..layers.norm import RMSNorm
 from ..layers.segments import is_token, token_positions
 from ..sharding import constrain
 from .decoder import Decoder, DecoderCache, check_config
-from .llama import LlamaBlock
+from .llama import LlamaBlock, check_heads
 
 _POSITIVE = (
     "vocab_size",
@@ -91,21 +91,7 @@ class LLaDAConfig:
 
     def __post_init__(self):
         check_config(self, _POSITIVE)
-        for name, multiple_of in (
-            ("num_attention_heads", "num_kv_heads"),
-            ("hidden_size", "num_attention_heads"),
-        ):
-            if getattr(self, name) % getattr(self, multiple_of):
-                raise InputError(
-                    f"model.{name}={getattr(self, name)} is not a multiple of "
-                    f"model.{multiple_of}={getattr(self, multiple_of)}"
-                )
-        if self.head_dim % 2:
-            raise InputError(
-                f"model.hidden_size={self.hidden_size} / model.num_attention_heads="
-                f"{self.num_attention_heads} = {self.head_dim} dimensions a head; they are turned "
-                "in pairs, so the number must be even"
-            )
+        check_heads(self)
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise InputError(
                 f"model.mask_token_id={self.mask_token_id} is outside the vocabulary of "

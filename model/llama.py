@@ -8,10 +8,34 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ..errors import InputError
 from ..layers.attention import Attention
 from ..layers.mlp import SwiGLU
 from ..layers.norm import RMSNorm
 from ..sharding import constrain
+
+
+def check_heads(config: Any) -> None:
+    """Check that the sizes of a configuration's heads fit each other, and can be turned in pairs.
+
+    Raises:
+        InputError: names the field.
+    """
+    for name, multiple_of in (
+        ("num_attention_heads", "num_kv_heads"),
+        ("hidden_size", "num_attention_heads"),
+    ):
+        if getattr(config, name) % getattr(config, multiple_of):
+            raise InputError(
+                f"model.{name}={getattr(config, name)} is not a multiple of "
+                f"model.{multiple_of}={getattr(config, multiple_of)}"
+            )
+    if config.head_dim % 2:
+        raise InputError(
+            f"model.hidden_size={config.hidden_size} / model.num_attention_heads="
+            f"{config.num_attention_heads} = {config.head_dim} dimensions a head; they are turned "
+            "in pairs, so the number must be even"
+        )
 
 
 class LlamaBlock(nnx.Module):
