@@ -4,14 +4,11 @@ import json
 
 import jax
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import jaxalope
 import jaxalope.model
 from jaxalope import Model
 from jaxalope.data.tokenizers import load_tokenizer
-from jaxalope.infer import __main__ as cli
 from jaxalope.model import KimiLinearConfig, build_model
 from jaxalope.sharding import init_params
 
@@ -25,19 +22,9 @@ def model():
 
 
 @pytest.fixture
-def run(model, monkeypatch, capsys):
-    monkeypatch.setattr(jaxalope.model, "load", lambda path, step=None: model)
-
-    def call(*arguments):
-        with flagsaver.flagsaver():
-            flags.FLAGS.unparse_flags()
-            for name in flags.FLAGS:
-                flags.FLAGS[name].present = 0
-            flags.FLAGS(["infer", "--model=somewhere", "--max_new_tokens=12", *arguments])
-            cli.main(["infer"])
-        return capsys.readouterr()
-
-    return call
+def run(model, command_line):
+    call = command_line(model)
+    return lambda *arguments: call("--max_new_tokens=12", *arguments)
 
 
 def test_sampling_is_generate(model, run):

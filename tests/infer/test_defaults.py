@@ -5,8 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from toys import TableConfig, table_model
 
 import jaxalope
@@ -27,7 +25,6 @@ from jaxalope import (
     Typical,
 )  # fmt: skip
 from jaxalope.data.tokenizers import ByteTokenizer, Published
-from jaxalope.infer import __main__ as cli
 from jaxalope.infer.defaults import default_policy, settle, stop_ids
 from jaxalope.infer.grammar import Regex
 from jaxalope.infer.policy import stages
@@ -164,18 +161,12 @@ def test_chats_that_cannot_be(plain):
         jaxalope.chat(plain, [])
 
 
-def test_the_command_line(plain, monkeypatch, capsys):
+def test_the_command_line(plain, command_line, capsys):
     model = dataclasses.replace(plain, defaults=said(do_sample=False, max_new_tokens=6))
-    monkeypatch.setattr(jaxalope.model, "load", lambda path, step=None: model)
+    call = command_line(model)
 
     def run(*arguments):
-        with flagsaver.flagsaver():
-            flags.FLAGS.unparse_flags()
-            for name in flags.FLAGS:
-                flags.FLAGS[name].present = 0
-            flags.FLAGS(["infer", "--model=somewhere", *arguments])
-            cli.main(["infer"])
-        return capsys.readouterr().out
+        return call(*arguments).out
 
     expected = jaxalope.chat(plain, MESSAGES, Greedy(), max_new_tokens=6).text[0]
     assert run("--chat", "--system=be", "--prompt=ab") == expected + "\n"

@@ -2,13 +2,10 @@
 
 import jax
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import jaxalope
 import jaxalope.model
 from jaxalope.data.tokenizers import load_tokenizer
-from jaxalope.infer import __main__ as cli
 from jaxalope.model import Model, build_model
 from jaxalope.model.llada import LLaDAConfig
 from jaxalope.sharding import init_params
@@ -22,19 +19,8 @@ def model():
 
 
 @pytest.fixture
-def run(model, monkeypatch, capsys):
-    monkeypatch.setattr(jaxalope.model, "load", lambda path, step=None: model)
-
-    def call(*arguments):
-        with flagsaver.flagsaver():
-            flags.FLAGS.unparse_flags()
-            for name in flags.FLAGS:
-                flags.FLAGS[name].present = 0
-            flags.FLAGS(["infer", "--model=somewhere", *arguments])
-            cli.main(["infer"])
-        return capsys.readouterr()
-
-    return call
+def run(model, command_line):
+    return command_line(model)
 
 
 def test_denoise_prints_what_the_function_returns(model, run):

@@ -1,28 +1,15 @@
 """A model that draws whole chunks, from the command line."""
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import jaxalope
 import jaxalope.model
-from jaxalope.infer import __main__ as cli
 
 
 @pytest.fixture
-def run(peaked, monkeypatch, capsys):
-    monkeypatch.setattr(jaxalope.model, "load", lambda path, step=None: peaked)
-
-    def call(*arguments):
-        with flagsaver.flagsaver():
-            flags.FLAGS.unparse_flags()
-            for name in flags.FLAGS:
-                flags.FLAGS[name].present = 0
-            flags.FLAGS(["infer", "--model=somewhere", "--max_new_tokens=12", *arguments])
-            cli.main(["infer"])
-        return capsys.readouterr()
-
-    return call
+def run(peaked, command_line):
+    call = command_line(peaked)
+    return lambda *arguments: call("--max_new_tokens=12", *arguments)
 
 
 @pytest.mark.parametrize(
