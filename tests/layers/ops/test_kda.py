@@ -1,21 +1,18 @@
 """KDA against its oracle and the goldens: values, gradients, packing, states, transforms."""
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kda_cases import FIXTURES, INPUTS, close, relative_rms, run, value_and_grads
 
 import jaxalope.layers.ops.kda as kda_module
 import jaxalope.layers.ops.kda.xla as kda_xla_module
 from jaxalope.errors import InputError
 from jaxalope.layers.ops.kda import bounded_gate, kda, kda_step, l2norm, softplus_gate
 from jaxalope.layers.ops.kda.shapes import SHAPES
-
-FIXTURES = pathlib.Path(__file__).parents[2] / "fixtures" / "kda"
-INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
 
 
 def draw(shape="tiny", batch=1, length=32, decay="mixed", seed=0):
@@ -46,34 +43,6 @@ def draw(shape="tiny", batch=1, length=32, decay="mixed", seed=0):
         normal(batch, value_heads, s.key_dim, s.value_dim),
     )
     return arrays, cotangents
-
-
-def run(arrays, segment_ids=None, **kwargs):
-    *tokens, state = arrays
-    return kda(*tokens, initial_state=state, segment_ids=segment_ids, **kwargs)
-
-
-def value_and_grads(arrays, cotangents, segment_ids=None, **kwargs):
-    """(o, final state) and the gradients of sum(o * w) + sum(S * u), jitted."""
-
-    @jax.jit
-    def both(arrays, cotangents, segment_ids):
-        out, pullback = jax.vjp(lambda *a: run(a, segment_ids, **kwargs), *arrays)
-        cotangents = tuple(c.astype(o.dtype) for c, o in zip(cotangents, out, strict=True))
-        return out, pullback(cotangents)
-
-    return both(arrays, cotangents, segment_ids)
-
-
-def close(got, want, tolerance):
-    jax.tree.map(
-        lambda g, w: np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance), got, want
-    )
-
-
-def relative_rms(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
 
 
 # Values against what others computed ---------------------------------------------------------

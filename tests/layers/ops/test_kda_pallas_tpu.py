@@ -1,20 +1,21 @@
 """The TPU kernels of KDA: interpreted against the oracle, and compiled for TPUs that are absent."""
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
+import kda_cases
 import numpy as np
 import pytest
+from kda_cases import FIXTURES, INPUTS, close, relative_rms
 
 import jaxalope.layers.ops.kda as kda_module
 from jaxalope.errors import InputError
 from jaxalope.layers.ops.kda import kda, l2norm, pallas_tpu
 from jaxalope.sharding import AxisRules, kernel_map, use_rules
 
-FIXTURES = pathlib.Path(__file__).parents[2] / "fixtures" / "kda"
-INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
+run = functools.partial(kda_cases.run, implementation="pallas_tpu")
+value_and_grads = functools.partial(kda_cases.value_and_grads, implementation="pallas_tpu")
 
 
 @pytest.fixture
@@ -43,40 +44,6 @@ def draw(length, batch=1, heads=1, value_heads=1, key=5, value=7, decay="strong"
     )
     shapes = (batch, length, value_heads, value), (batch, value_heads, key, value)
     return arrays, tuple(normal(*s) for s in shapes)
-
-
-def run(arrays, segment_ids=None, implementation="pallas_tpu", **kwargs):
-    *tokens, state = arrays
-    return kda(
-        *tokens,
-        initial_state=state,
-        segment_ids=segment_ids,
-        implementation=implementation,
-        **kwargs,
-    )
-
-
-def value_and_grads(arrays, cotangents, segment_ids=None, **kwargs):
-    """((o, final state), their pullback of the cotangents), jitted."""
-
-    @jax.jit
-    def both(arrays, cotangents, segment_ids):
-        out, pullback = jax.vjp(lambda *a: run(a, segment_ids, **kwargs), *arrays)
-        cotangents = tuple(c.astype(o.dtype) for c, o in zip(cotangents, out, strict=True))
-        return out, pullback(cotangents)
-
-    return both(arrays, cotangents, segment_ids)
-
-
-def close(got, want, tolerance):
-    jax.tree.map(
-        lambda g, w: np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance), got, want
-    )
-
-
-def relative_rms(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
 
 
 # Against the oracle --------------------------------------------------------------------------
