@@ -49,6 +49,9 @@ _AUTOENCODER = flags.DEFINE_string(
 )
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each side.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Optimizer steps; the experiment's if absent.")
+_FIRST_STEPS = flags.DEFINE_integer(
+    "autoencoder_steps", None, "Optimizer steps of an autoencoder that is trained here."
+)
 _SIDES = flags.DEFINE_multi_string("side", [], "Ablations to run; all if absent.")
 _POINTS = flags.DEFINE_integer("points", 4, "Places of a run that are scored.", lower_bound=1)
 _TURNS = flags.DEFINE_integer("turns", 5, "Times that each side writes.", lower_bound=1)
@@ -69,11 +72,23 @@ def autoencoder_workdir(folder: pathlib.Path, **objective) -> tuple[str, float]:
     """A trained autoencoder, and the seconds that it took."""
     experiment = get_experiment("calm_autoencoder_demo")
     experiment = dataclasses.replace(experiment, objective=Reconstruction(**objective))
+    experiment = _of_length(experiment, _FIRST_STEPS.value)
     name = "-".join(["autoencoder", *(f"{k}={v}" for k, v in sorted(objective.items()))])
     workdir = folder / name
     start = time.perf_counter()
     train(experiment, workdir)
     return str(workdir), time.perf_counter() - start
+
+
+def _of_length(experiment, steps: int | None):
+    """The experiment with another number of steps, a third of them decaying."""
+    if steps is None or steps == experiment.train.steps:
+        return experiment
+    return dataclasses.replace(
+        experiment,
+        train=dataclasses.replace(experiment.train, steps=steps),
+        schedule=dataclasses.replace(experiment.schedule, decay_steps=steps // 3),
+    )
 
 
 def held_out(data, rows: int = _HELD_OUT_ROWS) -> list[dict]:
@@ -197,15 +212,12 @@ def _generation_flops(config) -> float:
 
 def scored_run(experiment, workdir: pathlib.Path, seed: int, points: int) -> list[dict]:
     """Train, then score the model of some places of the run on held-out text."""
-    steps = _STEPS.value or experiment.train.steps
-    schedule = experiment.schedule
-    if steps != experiment.train.steps:
-        schedule = dataclasses.replace(schedule, decay_steps=steps // 3)
+    experiment = _of_length(experiment, _STEPS.value)
+    steps = experiment.train.steps
     experiment = dataclasses.replace(
         experiment,
-        train=dataclasses.replace(experiment.train, seed=seed, steps=steps, eval_every=None),
+        train=dataclasses.replace(experiment.train, seed=seed, eval_every=None),
         data=dataclasses.replace(experiment.data, seed=seed),
-        schedule=schedule,
         checkpoint=dataclasses.replace(
             experiment.checkpoint, every=max(steps // points, 1), keep_last=points + 1, keep_best=0
         ),
