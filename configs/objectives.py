@@ -20,7 +20,7 @@ class NextToken:
     Attributes:
         z_loss: weight of ``logsumexp(logits)²`` added to every token's loss; 0 is off.
         max_logits: most float32 logits of a device alive at once; a larger batch x vocabulary is
-            taken in chunks along the sequence. The default is 512 MiB of them.
+            taken in chunks of tokens. The default is 512 MiB of them.
     """
 
     kind: ClassVar[str] = "next_token"

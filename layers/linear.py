@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..sharding import constrain, einsum, take
-from .int8 import product, stored
+from .int8 import SCALE, product, stored
 
 
 def normal(key: jax.Array, shape: Sequence[int], stddev: float) -> Float[Array, "..."]:
@@ -64,6 +64,11 @@ class Linear(nnx.Module):
         if not hasattr(self, "bias"):
             return y
         return y + constrain(self.bias[...].astype(x.dtype), *self.out_axes)
+
+    def plain_kernel(self) -> Float[Array, "..."] | None:
+        """The kernel, where ``x @ kernel`` is the whole map: no bias, adapter or int8 scale."""
+        more = any(hasattr(self, name) for name in ("bias", "lora", "kernel" + SCALE))
+        return None if more else self.kernel[...]
 
     def weight(self, dtype: DTypeLike) -> Float[Array, "..."]:
         """The map's kernel as one array, int8 or adapted as it may be."""

@@ -19,6 +19,7 @@ from ..layers.chunks import from_chunks, to_chunks
 from ..layers.linear import Embedding, Linear
 from ..layers.mlp import SwiGLU
 from ..layers.norm import RMSNorm
+from ..layers.ops.linear_cross_entropy import PlainHead
 from .decoder import check_config
 
 _POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "latent_size", "chunk_size")
@@ -225,6 +226,10 @@ class CALMAutoencoder(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """Unnormalised log-probabilities of each token, float32; the head is the embedding."""
         return self.embed.logits(hidden)
+
+    def plain_head(self) -> PlainHead:
+        """What :meth:`logits` is: the embedding's table."""
+        return PlainHead(self.embed.embedding[...], vocab_first=True)
 
     def tokens(self, latents: Float[Array, "B L Z"]) -> Int[Array, "B L K"]:
         """The likeliest token at every place of the chunks that these latents are of."""

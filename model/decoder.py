@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from ..errors import InputError
 from ..layers.linear import Embedding, Linear
+from ..layers.ops.linear_cross_entropy import PlainHead
 from ..layers.segments import is_token
 from ..layers.stack import REMAT_POLICIES, Stack
 from ..sharding import constrain
@@ -170,6 +171,13 @@ class Decoder(nnx.Module):
         if hasattr(self, "lm_head"):
             return self.lm_head(hidden, preferred_element_type=jnp.float32)
         return self.embed.logits(hidden)
+
+    def plain_head(self) -> PlainHead | None:
+        """What :meth:`logits` is where it is one product; None of an adapted or int8 head."""
+        if not hasattr(self, "lm_head"):
+            return PlainHead(self.embed.embedding[...], vocab_first=True)
+        kernel = self.lm_head.plain_kernel()
+        return None if kernel is None else PlainHead(kernel)
 
     def __call__(
         self,

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..layers.attention import Attention
 from ..layers.mlp import GatedMLP, gelu_tanh
 from ..layers.norm import RMSNorm
+from ..layers.ops.linear_cross_entropy import PlainHead
 from ..sharding import constrain
 from .decoder import Decoder, check_config
 
@@ -258,3 +259,7 @@ class Gemma2(Decoder):
         """Unnormalised log-probabilities of the next token, capped, float32."""
         logits, cap = super().logits(hidden), self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def plain_head(self) -> PlainHead:
+        """The table, and the cap."""
+        return super().plain_head()._replace(softcap=self.config.final_logit_softcapping)

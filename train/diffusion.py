@@ -49,13 +49,19 @@ def diffusion(
         # What a row ends with wraps to its start, where no first token is ever masked.
         targets, weights = _following(targets), _following(weights)
         sharpen = None if sharpen is None else _following(sharpen)
-    sums = cross_entropy(
-        model.logits, hidden, targets, weights, max_logits=config.max_logits, sharpen=sharpen
+    loss, sums = cross_entropy(
+        model,
+        hidden,
+        targets,
+        weights,
+        max_logits=config.max_logits,
+        sharpen=sharpen,
+        sharpening=config.sharpening,
     )
-    loss, metrics = sums["nll"], {name: sums[name] for name in ("nll", "accuracy")}
+    metrics = {name: sums[name] for name in ("nll", "accuracy")}
     metrics["masked"] = jnp.sum(masked)
     if sharpen is not None:
-        loss, metrics["entropy"] = loss + config.sharpening * sums["entropy"], sums["entropy"]
+        metrics["entropy"] = sums["entropy"]
     return loss, jnp.sum(counts), metrics | {"stats": stats}
 
 

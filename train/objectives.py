@@ -76,13 +76,12 @@ def next_token(config: NextToken, model: nnx.Module, batch: Batch, key: jax.Arra
     hidden, _, stats = model.hidden_states(
         batch["tokens"], segment_ids=batch.get("segment_ids"), positions=batch.get("positions")
     )
-    sums = cross_entropy(
-        model.logits,
+    loss, sums = cross_entropy(
+        model,
         hidden,
         targets,
         weights,
         z_loss=config.z_loss,
         max_logits=config.max_logits,
     )
-    loss = sums["nll"] + sums["z_loss"]
     return loss, jnp.sum(weights), sums | {"stats": stats}

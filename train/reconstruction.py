@@ -57,8 +57,8 @@ def reconstruction(
         latents = jnp.where(keep, latents / (1 - rate), 0)
     weights = chunk_weights(batch, size)
     each = jnp.broadcast_to(weights[..., None], (*weights.shape, size)) / size
-    sums = cross_entropy(
-        model.logits,
+    nll, sums = cross_entropy(
+        model,
         model.decode(latents),
         tokens,
         from_chunks(each),
@@ -71,7 +71,7 @@ def reconstruction(
     def total(x):
         return jnp.sum(weights * x)
 
-    loss = size * sums["nll"] + config.kl_weight * total(jnp.sum(clipped, axis=-1))
+    loss = size * nll + config.kl_weight * total(jnp.sum(clipped, axis=-1))
     metrics = {
         "nll": sums["nll"],
         "accuracy": sums["accuracy"],

@@ -2,14 +2,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from flax import nnx
 
-from jaxalope.configs import NextToken
+from jaxalope.configs import NextToken, get_experiment
+from jaxalope.layers.linear import Linear
+from jaxalope.layers.ops.linear_cross_entropy import PlainHead
+from jaxalope.model.registry import build_model
 from jaxalope.sharding import MeshConfig, make_mesh, use_mesh
-from jaxalope.train.objectives import cross_entropy, make_objective
+from jaxalope.train.objectives import make_objective
 from jaxalope.train.sums import shift
 
 KEY = jax.random.key(0)
+HEADS = ("tiny", "gemma2_tiny", "gpt_neox_tiny", "llada_tiny", "calm_autoencoder_tiny")
 
 
 def _oracle(logits, batch, z_loss):
@@ -57,51 +61,44 @@ def test_without_segments_a_row_is_one_document():
     np.testing.assert_array_equal(weights, [[1, 1, 0]])
 
 
-def _setting(rows=2, length=12, width=4, vocab=10):
-    rng = np.random.default_rng(0)
-    return (
-        jnp.asarray(rng.normal(size=(rows, length, width)), jnp.float32),
-        jnp.asarray(rng.normal(size=(width, vocab)), jnp.float32),
-        jnp.asarray(rng.integers(0, vocab, (rows, length)), jnp.int32),
-        jnp.asarray(rng.uniform(size=(rows, length)), jnp.float32),
-    )
+@pytest.mark.parametrize("name", HEADS)
+def test_plain_heads_are_their_logits(name):
+    """A model whose logits are not its kernel's, and that says so nowhere, would learn another."""
+    model = nnx.eval_shape(lambda: build_model(get_experiment(name).model, KEY))
+    owner = model.lm_head if hasattr(model, "lm_head") else model.embed
+    param = owner.kernel if hasattr(owner, "kernel") else owner.embedding
+    param.set_value(jax.random.normal(KEY, param.shape))
+    head = model.plain_head()
+    kernel = head.kernel.T if head.vocab_first else head.kernel
+    hidden = jax.random.normal(KEY, (1, 3, kernel.shape[0]))
+    found = hidden @ kernel
+    if head.softcap is not None:
+        found = head.softcap * jnp.tanh(found / head.softcap)
+    np.testing.assert_allclose(found, model.logits(hidden), rtol=1e-4, atol=1e-4)
 
 
-def _loss(hidden, head, targets, weights, max_logits):
-    sums = cross_entropy(
-        lambda x: x @ head, hidden, targets, weights, z_loss=0.01, max_logits=max_logits
-    )
-    return sums["nll"] + sums["z_loss"], sums
+@pytest.mark.parametrize("more", ["lora", "bias", "kernel_scale"])
+def test_no_other_map_is_a_plain_one(more):
+    linear = Linear({"embed": 4}, {"vocab": 6}, rngs=nnx.Rngs(0))
+    assert linear.plain_kernel() is not None
+    setattr(linear, more, nnx.Param(jnp.ones(6)))
+    assert linear.plain_kernel() is None
 
 
-@pytest.mark.parametrize("max_logits", [120, 41, 1])
-def test_chunked_is_the_whole(max_logits):
-    hidden, head, targets, weights = _setting()
-    grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True)
-    whole = grad(hidden, head, targets, weights, 10**6)
-    chunked = grad(hidden, head, targets, weights, max_logits)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), whole, chunked
-    )
+def test_a_plain_head_and_its_function_train_alike(toy):
+    """The two ways to the loss: through the kernel, and through ``logits``."""
+    model, batch = toy.build(KEY), toy.batch()
+    graphdef, params = nnx.split(model)
 
+    def loss(params, plain):
+        model = nnx.merge(graphdef, params)
+        if plain:
+            kernel = model.lm_head.kernel[...]
+            model.plain_head = lambda: PlainHead(kernel)
+        return make_objective(NextToken(z_loss=0.1, max_logits=200))(model, batch, KEY)[0]
 
-def _sizes(jaxpr):
-    for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
-        for sub in jaxprs_in_params(equation.params):
-            yield from _sizes(sub)
-
-
-def test_chunks_never_hold_all_logits_in_either_pass():
-    hidden, head, targets, weights = _setting(vocab=100)
-    grad = jax.grad(lambda h, e, n: _loss(h, e, targets, weights, n)[0], argnums=(0, 1))
-
-    def largest(limit):
-        return max(_sizes(jax.make_jaxpr(lambda h, e: grad(h, e, limit))(hidden, head).jaxpr))
-
-    assert largest(10**6) >= 2 * 12 * 100
-    # A quarter of the sequence at a time: nothing larger than its logits, or the head's gradient.
-    assert largest(600) == 600
+    one, other = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, p) for p in (0, 1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, other)
 
 
 def test_a_sharded_vocabulary_gives_the_sums_of_one_device(toy):
