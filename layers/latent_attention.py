@@ -20,6 +20,7 @@ from ..sharding import constrain, einsum, kernel_map
 from .linear import Linear
 from .norm import RMSNorm
 from .ops.attention import attention
+from .ops.latent_decode import latent_decode
 from .segments import is_token, segment_index
 
 # With a cache, at least this many new tokens make it cheaper to expand the cached latents to keys
@@ -46,6 +47,9 @@ class LatentAttention(nnx.Module):
         qk_rope_head_dim: width of the key that all heads share (never rotated here).
         v_head_dim: width of a head's value.
         latent_epsilon: of the latent's norm; the published models use 1e-6 here, not the model's.
+        implementation: of attention over expanded keys and values; None picks by platform.
+        decode_implementation: of :func:`~.ops.latent_decode.latent_decode`, which reads the cache
+            for a few new tokens; None picks by platform.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class LatentAttention(nnx.Module):
         latent_epsilon: float = 1e-6,
         stddev: float = 0.02,
         implementation: str | None = None,
+        decode_implementation: str | None = None,
     ):
         model, init = {"embed": features}, {"rngs": rngs, "stddev": stddev}
 
@@ -78,6 +83,7 @@ class LatentAttention(nnx.Module):
         self.qk_nope_head_dim = qk_nope_head_dim
         self.scale = 1 / math.sqrt(qk_nope_head_dim + qk_rope_head_dim)
         self.implementation = implementation
+        self.decode_implementation = decode_implementation
 
     def init_cache(self, batch: int, max_length: int, dtype: DTypeLike) -> MLACache:
         """Room for ``max_length`` tokens of each of ``batch`` sequences."""
@@ -109,14 +115,13 @@ class LatentAttention(nnx.Module):
             return self.o_proj(o), None
         valid = None if segment_ids is None else is_token(segment_ids)
         cache = MLACache(latent=write_rows(cache.latent, latent, length, valid))
+        positions = length[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        if x.shape[1] < _EXPAND_FROM:
+            return self.o_proj(self._absorbed(q, cache.latent, positions)), cache
         batch, capacity, _ = cache.latent.shape
-        context = (
-            length[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32),
-            jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (batch, capacity)),
-            None,
-        )
-        mix = self._expanded if x.shape[1] >= _EXPAND_FROM else self._absorbed
-        return self.o_proj(mix(q, cache.latent.astype(x.dtype), *context)), cache
+        slots = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (batch, capacity))
+        o = self._expanded(q, cache.latent.astype(x.dtype), positions, slots, None)
+        return self.o_proj(o), cache
 
     def _latent(self, x):
         """What is cached of a token: its normed latent, and the shared key beside it."""
@@ -130,22 +135,7 @@ class LatentAttention(nnx.Module):
         k_shared = jnp.broadcast_to(k_shared[:, :, None], (*k.shape[:3], k_shared.shape[-1]))
         k_shared = constrain(k_shared, "batch", "seq", "heads", "head_dim")
         k = jnp.concatenate([k, k_shared], axis=-1)
-        return self._attend(q, k, v, "heads", query_positions, key_positions, segments)
-
-    def _absorbed(self, q, latent, query_positions, key_positions, segments):
-        """Queries carried into the latent space: attention reads the cache itself, once."""
-        w_k, w_v = jnp.split(self.kv_b_proj.weight(q.dtype), [self.qk_nope_head_dim], axis=-1)
-        q, q_shared = jnp.split(q, [self.qk_nope_head_dim], axis=-1)
-        heads = ("batch", "seq", "heads", None)
-        q = jnp.concatenate([einsum("btnk,cnk->btnc", q, w_k, heads), q_shared], axis=-1)
-        # The shared key goes along as values that are dropped: a slice would copy the whole cache.
-        k = latent[:, :, None]
-        o = self._attend(q, k, k, None, query_positions, key_positions, segments)
-        return einsum("btnc,cnv->btnv", o[..., : self.kv_lora_rank], w_v, heads)
-
-    def _attend(self, q, k, v, kv_axis, query_positions, key_positions, segments):
-        own, kv = ("batch", None, "heads", None), ("batch", None, kv_axis, None)
-        row = ("batch", None)
+        own, row = ("batch", None, "heads", None), ("batch", None)
 
         def run(q, k, v, query_positions, key_positions, *segments):
             return attention(
@@ -161,9 +151,30 @@ class LatentAttention(nnx.Module):
             )
 
         extra = () if segments is None else (segments,)
-        return kernel_map(run, (own, kv, kv, row, row, *(row for _ in extra)), own)(
+        return kernel_map(run, (own, own, own, row, row, *(row for _ in extra)), own)(
             q, k, v, query_positions, key_positions, *extra
         )
+
+    def _absorbed(self, q, latent, positions):
+        """Queries carried into the latent space: attention reads the cache itself, once."""
+        w_k, w_v = jnp.split(self.kv_b_proj.weight(q.dtype), [self.qk_nope_head_dim], axis=-1)
+        q, q_shared = jnp.split(q, [self.qk_nope_head_dim], axis=-1)
+        heads = ("batch", "seq", "heads", None)
+        q = jnp.concatenate([einsum("btnk,cnk->btnc", q, w_k, heads), q_shared], axis=-1)
+
+        def run(q, latent, positions):
+            return latent_decode(
+                q,
+                latent,
+                positions=positions,
+                value_dim=self.kv_lora_rank,
+                scale=self.scale,
+                implementation=self.decode_implementation,
+            )
+
+        own, row = ("batch", None, "heads", None), ("batch", None)
+        o = kernel_map(run, (own, (*row, None), row), own)(q, latent, positions)
+        return einsum("btnc,cnv->btnv", o, w_v, heads)
 
 
 def _own_context(x, segment_ids):

@@ -17,6 +17,7 @@ from ..layers.latent_attention import LatentAttention
 from ..layers.mlp import SwiGLU
 from ..layers.moe import MoE
 from ..layers.norm import RMSNorm
+from ..layers.ops.latent_decode import IMPLEMENTATIONS as DECODE_IMPLEMENTATIONS
 from ..layers.segments import is_token
 from ..sharding import constrain
 from .decoder import Decoder, check_config
@@ -66,6 +67,8 @@ class KimiLinearConfig:
         remat: what the backward pass keeps, a name of ``REMAT_POLICIES``.
         kda_chunk_size: tokens a chunk of the KDA operator.
         kda_implementation, attention_implementation: None picks by platform.
+        decode_implementation: how a few new tokens read the cache of MLA, a name of
+            :func:`~jaxalope.layers.ops.latent_decode.latent_decode`; None picks by platform.
     """
 
     vocab_size: int
@@ -104,6 +107,7 @@ class KimiLinearConfig:
     kda_chunk_size: int = 64
     kda_implementation: str | None = None
     attention_implementation: str | None = None
+    decode_implementation: str | None = None
 
     def __post_init__(self):
         check_config(self, _POSITIVE)
@@ -118,6 +122,11 @@ class KimiLinearConfig:
             )
         if self.num_experts:
             self._check_experts()
+        if self.decode_implementation not in (None, *DECODE_IMPLEMENTATIONS):
+            raise InputError(
+                f"model.decode_implementation={self.decode_implementation!r} is not one of "
+                f"{', '.join(DECODE_IMPLEMENTATIONS)}; leave it None to pick by platform"
+            )
         values = self.kda_num_value_heads or self.kda_num_heads
         if values % self.kda_num_heads:
             raise InputError(
@@ -367,6 +376,7 @@ class KimiLinearBlock(nnx.Module):
                 qk_rope_head_dim=c.qk_rope_head_dim,
                 v_head_dim=c.v_head_dim,
                 implementation=c.attention_implementation,
+                decode_implementation=c.decode_implementation,
                 **init,
             )
         self.post_norm = RMSNorm(c.hidden_size, epsilon=c.rms_norm_eps)
