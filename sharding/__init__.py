@@ -23,6 +23,7 @@ from .params import (
     shardings,
     split,
 )
+from .topology import absent_devices
 
 __all__ = [
     "LOGICAL_AXES",
@@ -30,6 +31,7 @@ __all__ = [
     "AxisRules",
     "MeshConfig",
     "Params",
+    "absent_devices",
     "abstract",
     "constrain",
     "current_rules",

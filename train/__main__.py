@@ -30,6 +30,11 @@ _LIST = flags.DEFINE_bool("list", False, "Print the named experiments.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print the resolved experiment, its parameters and memory; train nothing."
 )
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "With --dry_run: the TPU slice to compile for, which need not be there (v5e:4x4, v5p:2x2x4).",
+)
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
@@ -83,6 +88,8 @@ def _run() -> int:
             print(f"{name:<20} {(build.__doc__ or '').strip().splitlines()[0]}")
         return 0
     experiment = overlay(get_experiment(_config()), _SET.value)
+    if _TOPOLOGY.value and not _DRY_RUN.value:
+        raise InputError(f"--topology={_TOPOLOGY.value} needs --dry_run: no such slice is here")
     _start_distributed()
     _keep_compiled()
     if _DRY_RUN.value:
@@ -141,14 +148,15 @@ def _dry_run(experiment) -> int:
     import jax
 
     from ..configs.experiment import experiment_to_dict
-    from ..sharding import make_mesh, use_mesh
+    from ..sharding import absent_devices, make_mesh, use_mesh
     from .estimate import estimate
 
+    devices = absent_devices(_TOPOLOGY.value) if _TOPOLOGY.value else jax.devices()
     print(json.dumps(experiment_to_dict(experiment), indent=1), flush=True)
-    mesh = make_mesh(experiment.mesh) if jax.device_count() > 1 else None
+    mesh = make_mesh(experiment.mesh, devices) if len(devices) > 1 or _TOPOLOGY.value else None
     with contextlib.nullcontext() if mesh is None else use_mesh(mesh, experiment.rules):
         print(estimate(experiment, mesh))
-    print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}")
+    print(f"devices: {len(devices)} x {devices[0].device_kind}")
     return 0
 
 

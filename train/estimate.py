@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..configs.experiment import Experiment
+from ..errors import InputError
+from .hardware import peak_of_kind
 from .step import abstract_state, batch_sharding, make_train_step
 
 
@@ -22,7 +24,9 @@ class Estimate:
         parameters: numbers in the model, over all devices.
         params, optimizer, ema: bytes of the training state.
         step: bytes that the compiled train step needs at once: the state, a batch, gradients and
-            activations, as the compiler of this machine's platform lays them out.
+            activations, as the compiler of the devices' platform lays them out.
+        seconds: of a step whose model FLOPs run at the devices' peak, hence of none; None where it is
+            unknown, as of a CPU.
     """
 
     parameters: int
@@ -30,6 +34,7 @@ class Estimate:
     optimizer: int
     ema: int
     step: int
+    seconds: float | None
 
     def __str__(self) -> str:
         def row(name: str, size: int) -> str:
@@ -42,7 +47,10 @@ class Estimate:
         rows.append(row("optimizer state, a device", self.optimizer))
         if self.ema:
             rows.append(row("average of parameters, a device", self.ema))
-        return "\n".join([*rows, row("a whole train step, a device", self.step)])
+        rows.append(row("a whole train step, a device", self.step))
+        if self.seconds is not None:
+            rows.append(f"{'a step at the peak FLOP/s, seconds':<34}{self.seconds:>12.3g}")
+        return "\n".join(rows)
 
 
 def estimate(experiment: Experiment, mesh: Mesh | None) -> Estimate:
@@ -51,7 +59,7 @@ def estimate(experiment: Experiment, mesh: Mesh | None) -> Estimate:
     Call it inside ``use_mesh(mesh, experiment.rules)`` where there is a mesh.
 
     Raises:
-        InputError: the experiment does not fit the mesh.
+        InputError: the experiment does not fit the mesh, or the step not a device's memory.
     """
     graphdef, state = abstract_state(experiment, mesh)
     shape = (experiment.data.batch_size, experiment.data.sequence_length)
@@ -62,8 +70,20 @@ def estimate(experiment: Experiment, mesh: Mesh | None) -> Estimate:
     }
     if experiment.data.has_prompts:
         batch["loss_weights"] = jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
-    compiled = make_train_step(experiment, graphdef).lower(state, batch).compile()
-    memory = compiled.memory_analysis()
+    lowered = make_train_step(experiment, graphdef).lower(state, batch)
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"a train step does not fit a device ({str(error).splitlines()[0]}): raise "
+            "train.accumulation or mesh.fsdp, or lower data.batch_size or data.sequence_length"
+        ) from error
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.ravel()
+    peak = peak_of_kind(devices[0].device_kind)
+    tokens = math.prod(shape)
+    flops = experiment.model.flops_per_token(experiment.data.sequence_length) * tokens
     return Estimate(
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
         params=_bytes_a_device(state.params),
@@ -73,6 +93,7 @@ def estimate(experiment: Experiment, mesh: Mesh | None) -> Estimate:
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
+        seconds=peak and flops / (peak * len(devices)),
     )
 
 

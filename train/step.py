@@ -113,7 +113,9 @@ def abstract_state(
     make = _module_fn(experiment, build)
     module = nnx.eval_shape(lambda: make(jax.random.key(0)))
     graphdef, params = split(module)
-    state = jax.eval_shape(_init_fn(experiment, build), jax.random.key(0), {})
+    init = _init_fn(experiment, build)
+    # The key is made inside: the mesh's devices may be absent.
+    state = jax.eval_shape(lambda: init(jax.random.key(0), {}))
     if mesh is None:
         everywhere, places = SingleDeviceSharding(jax.devices()[0]), {}
     else:

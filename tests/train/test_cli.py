@@ -26,7 +26,7 @@ def run(monkeypatch, capsys):
     def run(*args):
         capsys.readouterr()
         flags.FLAGS.unparse_flags()
-        for name in ("config", "workdir", "set", "list", "dry_run", "compilation_cache"):
+        for name in ("config", "workdir", "set", "list", "dry_run", "topology", "compilation_cache"):
             flags.FLAGS[name].unparse()
         status = cli.main(flags.FLAGS(["jaxalope.train", *args]))
         return status, *capsys.readouterr()
@@ -75,6 +75,31 @@ def test_dry_run_prints_experiment_parameters_and_memory_and_makes_nothing(run, 
     # Eight data-parallel devices, each with all of the 20 KiB.
     assert re.search(r"parameters, a device +20\.0 KiB", out)
     assert re.search(r"a whole train step, a device +\d", out)
+
+
+def test_dry_run_compiles_for_a_slice_that_is_not_there(run):
+    """Needs libtpu, which Linux developers have, and no TPU."""
+    pytest.importorskip("libtpu")
+    command = [f"--config={BIGRAM}", "--dry_run", "--topology=v5e:2x2"]
+    status, out, _ = run(*command, "--set=mesh.fsdp=4", "--set=mesh.data=1")
+    assert status == 0 and out.endswith("devices: 4 x TPU v5 lite\n")
+    assert re.search(r"a whole train step, a device +\d", out)
+    assert re.search(r"a step at the peak FLOP/s, seconds +\d", out)
+    status, out, err = run(*command, "--set=model.hidden_size=20_000_000")
+    assert status == 2 and err.count("\n") == 1
+    assert "does not fit a device" in err and "raise train.accumulation or mesh.fsdp" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v5e:2x2"], "needs --dry_run"),
+        (["--topology=v9:2x2", "--dry_run"], "topology='v9:2x2' cannot be compiled for"),
+    ],
+)
+def test_a_slice_that_cannot_be_had_is_named(flags, message, run):
+    status, _, err = run(f"--config={BIGRAM}", *flags)
+    assert status == 2 and err.count("\n") == 1 and message in err
 
 
 def test_runs_goes_on_and_says_when_complete(run, tmp_path, monkeypatch):
