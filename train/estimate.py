@@ -25,8 +25,8 @@ class Estimate:
         params, optimizer, ema: bytes of the training state.
         step: bytes that the compiled train step needs at once: the state, a batch, gradients and
             activations, as the compiler of the devices' platform lays them out.
-        seconds: of a step whose model FLOPs run at the devices' peak, hence of none; None where it is
-            unknown, as of a CPU.
+        seconds: of a step at the devices' peak FLOP/s, which no step reaches; None where the peak
+            is unknown, as of a CPU.
     """
 
     parameters: int

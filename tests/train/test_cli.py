@@ -26,7 +26,8 @@ def run(monkeypatch, capsys):
     def run(*args):
         capsys.readouterr()
         flags.FLAGS.unparse_flags()
-        for name in ("config", "workdir", "set", "list", "dry_run", "topology", "compilation_cache"):
+        names = ("config", "workdir", "set", "list", "dry_run", "topology", "compilation_cache")
+        for name in names:
             flags.FLAGS[name].unparse()
         status = cli.main(flags.FLAGS(["jaxalope.train", *args]))
         return status, *capsys.readouterr()
