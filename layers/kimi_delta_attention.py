@@ -181,6 +181,7 @@ class KimiDeltaAttention(nnx.Module):
                 g,
                 beta,
                 chunk_size=self.chunk_size,
+                gate_lower_bound=self.gate_lower_bound,
                 implementation=self.implementation,
                 **dict(zip(given, rest, strict=True)),
             )

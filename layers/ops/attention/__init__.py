@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 from ....errors import InputError
 from .mask import Marks
 from .reference import attention as _reference
+from .tokamax import attention as _tokamax
 from .xla import attention as _xla
 
-_IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}
+_IMPLEMENTATIONS = {"reference": _reference, "xla": _xla, "tokamax": _tokamax}
 
 
 def attention(
@@ -60,14 +61,16 @@ def attention(
         softcap: scaled scores become ``softcap * tanh(scores / softcap)``, before anything is
             hidden (Gemma-2, arXiv 2408.00118, section 2); None leaves them.
         window: how many of the newest keys a query sees, itself included; None is all.
-        implementation: ``"xla"``, ``"reference"``, or None for the platform's best.
+        implementation: ``"xla"``, ``"reference"``, ``"tokamax"`` (where it is installed; a mask of
+            ``B T S`` bytes is made), or None for the platform's best.
 
     Returns:
         One vector a query head, in the dtype of ``v``.
 
     Raises:
-        InputError: an unknown implementation, head counts that do not divide, a window, block or
-            soft cap that is not positive, a window beside a block, or one noisy side alone.
+        InputError: an unknown implementation or one that is not installed, head counts that do not
+            divide, a window, block or soft cap that is not positive, a window beside a block, or
+            one noisy side alone.
     """
     if q.shape[2] % k.shape[2]:
         raise InputError(

@@ -1,8 +1,9 @@
 """Products of sorted rows with the weights of their group: the arithmetic of a mixture of experts.
 
-Implementations: ``reference`` (dense, float32), ``xla`` (``jax.lax.ragged_dot``) and ``blocked``
-(for CPU, where XLA runs ``ragged_dot`` as one dense product a group). Under a mesh, call them
-inside :func:`jaxalope.sharding.kernel_map`.
+Implementations: ``reference`` (dense, float32), ``xla`` (``jax.lax.ragged_dot``), ``blocked``
+(for CPU, where XLA runs ``ragged_dot`` as one dense product a group) and, where it is installed,
+``tokamax`` (its ``ragged_dot``: kernels for TPU and GPU). Under a mesh, call them inside
+:func:`jaxalope.sharding.kernel_map`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,23 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
-from . import blocked, xla
+from .. import optional
+from . import blocked
 from .reference import grouped_matmul_reference, grouped_swiglu_reference
+from .xla import Ragged
 
-IMPLEMENTATIONS = ("reference", "xla", "blocked")
-_FORMS = {"xla": xla, "blocked": blocked}
+
+def _tokamax_ragged_dot(x, w, group_sizes, **kwargs):
+    # It picks among its own by the device kind of this host, or of the mesh in force.
+    return optional.tokamax("grouped_matmul").ragged_dot(x, w, group_sizes, **kwargs)
+
+
+IMPLEMENTATIONS = ("reference", "xla", "blocked", "tokamax")
+_FORMS = {
+    "xla": Ragged(jax.lax.ragged_dot),
+    "blocked": blocked,
+    "tokamax": Ragged(_tokamax_ragged_dot),
+}
 
 
 def grouped_matmul(
@@ -46,7 +59,8 @@ def grouped_matmul(
         The products, accumulated in float32, in the dtype of ``x``.
 
     Raises:
-        InputError: an unknown implementation, or shapes that do not fit.
+        InputError: an unknown implementation or one that is not installed, or shapes that do not
+            fit.
     """
     _check(x, {"w": w}, group_sizes, implementation)
     if implementation == "reference":
@@ -95,7 +109,7 @@ def _dispatch(implementation: str | None, function: str, *args: jax.Array) -> An
     if implementation is not None:
         return getattr(_FORMS[implementation], function)(*args)
     return jax.lax.platform_dependent(
-        *args, cpu=getattr(blocked, function), default=getattr(xla, function)
+        *args, cpu=getattr(blocked, function), default=getattr(_FORMS["xla"], function)
     )
 
 

@@ -22,6 +22,7 @@ from .gates import bounded_gate, l2norm, softplus_gate
 from .pallas_tpu import kda_pallas_tpu
 from .reference import kda_reference
 from .step import kda_step, repeat_heads
+from .tokamax_tpu import kda_tokamax
 from .xla import kda_xla
 
 __all__ = ["bounded_gate", "kda", "kda_step", "l2norm", "softplus_gate"]
@@ -42,6 +43,7 @@ _IMPLEMENTATIONS = {
     "reference": _ungrouped(kda_reference),
     "xla": _ungrouped(kda_xla),
     "pallas_tpu": kda_pallas_tpu,
+    "tokamax": _ungrouped(kda_tokamax),
 }
 # What `implementation=None` runs, by the platform that the code is lowered for. The TPU kernels are
 # not here yet: no TPU has timed them.
@@ -60,6 +62,7 @@ def kda(
     segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     chunk_size: int = 64,
+    gate_lower_bound: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
     """Runs the gated delta rule over T tokens; differentiable in every array but segment_ids.
@@ -75,6 +78,8 @@ def kda(
         is zero. A change of non-zero id between successive tokens restarts the state from zero.
       scale: factor of the queries; None is K ** -0.5.
       chunk_size: tokens a chunk, 16, 32, 64 or 128; every size gives the same result.
+      gate_lower_bound: what no g is below, as the caller knows; None is unbounded. Only "tokamax"
+        asks for it, for -5 or more.
       implementation: "reference", "xla", "pallas_tpu" (float32 or bfloat16, heads up to 256 wide,
         lowered for TPU), or None for the best one where the code is lowered.
 
@@ -106,6 +111,8 @@ def kda(
         _pad_tokens(x, -length % chunk) for x in (q, k, v, g, beta, segment_ids)
     )
     run = _select(implementation)
+    if implementation == "tokamax":
+        run = functools.partial(run, gate_lower_bound=gate_lower_bound)
     o, state = run(q, k, v, g, beta, initial_state, segment_ids, scale=scale, chunk_size=chunk)
     return o[:, :length], state
 

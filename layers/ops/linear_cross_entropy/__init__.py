@@ -17,6 +17,7 @@ from ....errors import InputError
 from .general import head_cross_entropy_xla
 from .reference import linear_cross_entropy_reference
 from .terms import Terms, ways
+from .tokamax import linear_cross_entropy_tokamax
 from .xla import linear_cross_entropy_xla
 
 __all__ = ["PlainHead", "head_cross_entropy", "linear_cross_entropy"]
@@ -26,6 +27,7 @@ Result = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 _IMPLEMENTATIONS = {
     "reference": linear_cross_entropy_reference,
     "xla": linear_cross_entropy_xla,
+    "tokamax": linear_cross_entropy_tokamax,
 }
 MAX_LOGITS = 2**27
 
@@ -82,7 +84,9 @@ def linear_cross_entropy(
         max_logits: most float32 logits of a device alive at once, about; in both passes.
         chunk_size: tokens of a device that are taken at once; None is as many as ``max_logits``
             allows.
-        implementation: ``"xla"``, ``"reference"``, or None for the platform's best.
+        implementation: ``"xla"``, ``"reference"``, ``"tokamax"`` (where it is installed; neither
+            cap, z-loss, entropy nor accuracy, nor a vocabulary that is split over devices), or None
+            for the platform's best.
 
     Returns:
         The loss and the sums over positions of ``nll``, ``z_loss``, ``accuracy`` (unless it
@@ -90,7 +94,7 @@ def linear_cross_entropy(
 
     Raises:
         InputError: shapes that do not fit, a soft cap or a limit that is not positive, or an
-            unknown implementation.
+            implementation that is unknown, not installed, or cannot take what was asked for.
     """
     given = (hidden, targets, weights, sharpen)
     _check(given, max_logits)

@@ -165,7 +165,7 @@ def test_wrong_input():
         grouped_matmul(x, gate, sizes[:3])
     with pytest.raises(InputError, match="down"):
         grouped_swiglu(x, gate, up, gate, sizes)
-    assert set(IMPLEMENTATIONS) == {"reference", "xla", "blocked"}
+    assert set(IMPLEMENTATIONS) == {"reference", "xla", "blocked", "tokamax"}
 
 
 def test_published_widths():

@@ -1,0 +1,53 @@
+"""What operators take from packages that need not be installed, and kernels for one platform."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from ...errors import InputError
+
+
+def tokamax(operator: str, module: str = "tokamax") -> ModuleType:
+    """A module of tokamax, for ``implementation="tokamax"`` of an operator.
+
+    Raises:
+        InputError: it is not installed, or too old to have this module.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f'{operator}: implementation="tokamax" needs {module} ({error}): '
+            "pip install jaxalope[kernels], on Python 3.12 with jax 0.11 or newer; or leave "
+            "implementation None"
+        ) from error
+
+
+@functools.cache
+def only_on(platform: str, operator: str, implementation: str) -> Callable[[jax.Array], jax.Array]:
+    """An identity that raises InputError when it is lowered for another platform.
+
+    Which platform a program is for is known only then.
+    """
+    primitive = Primitive(f"{operator}_{implementation}_platform")
+    primitive.def_impl(lambda x: jax.jit(primitive.bind)(x))
+    primitive.def_abstract_eval(lambda x: x)
+    batching.primitive_batchers[primitive] = lambda xs, dims: (primitive.bind(*xs), dims[0])
+
+    def elsewhere(ctx, x):
+        platforms = ", ".join(ctx.module_context.platforms)
+        raise InputError(
+            f"{operator}: implementation={implementation!r} is being lowered for {platforms}: "
+            'use implementation="xla", or None for the best one where the code is lowered'
+        )
+
+    mlir.register_lowering(primitive, elsewhere)
+    mlir.register_lowering(primitive, lambda ctx, x: [x], platform=platform)
+    return primitive.bind
