@@ -9,7 +9,7 @@ from types import ModuleType
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from ...errors import InputError
 
@@ -39,6 +39,7 @@ def only_on(platform: str, operator: str, implementation: str) -> Callable[[jax.
     primitive = Primitive(f"{operator}_{implementation}_platform")
     primitive.def_impl(lambda x: jax.jit(primitive.bind)(x))
     primitive.def_abstract_eval(lambda x: x)
+    ad.deflinear2(primitive, lambda cotangent, x: [cotangent])
     batching.primitive_batchers[primitive] = lambda xs, dims: (primitive.bind(*xs), dims[0])
 
     def elsewhere(ctx, x):
