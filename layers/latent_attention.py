@@ -7,6 +7,7 @@ keys is kept but never rotated.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -26,6 +27,8 @@ from .segments import is_token, segment_index
 # With a cache, at least this many new tokens make it cheaper to expand the cached latents to keys
 # and values than to score each query against the (wider) latents themselves.
 _EXPAND_FROM = 16
+# Tokens of a batch that are written one by one, where that is better, at most.
+_FEW_TOKENS = 128
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +117,15 @@ class LatentAttention(nnx.Module):
             o = self._expanded(q, latent, *_own_context(x, segment_ids))
             return self.o_proj(o), None
         valid = None if segment_ids is None else is_token(segment_ids)
-        cache = MLACache(latent=write_rows(cache.latent, latent, length, valid))
+        cache = MLACache(
+            latent=write_rows(
+                cache.latent,
+                latent,
+                length,
+                valid,
+                one_by_one=self.decode_implementation == "pallas_tpu",
+            )
+        )
         positions = length[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
         if x.shape[1] < _EXPAND_FROM:
             return self.o_proj(self._absorbed(q, cache.latent, positions)), cache
@@ -192,20 +203,41 @@ def write_rows(
     new: Float[Array, "B T C"],
     start: Int[Array, "B"],
     valid: Bool[Array, "B T"] | None = None,
+    *,
+    one_by_one: bool = False,
 ) -> Float[Array, "B S C"]:
     """``buffer`` with each row's ``new`` tokens written from its ``start`` on.
 
-    Tokens that are not ``valid`` and positions past the buffer's end are dropped.
+    Tokens that are not ``valid`` and positions past the buffer's end are dropped. ``one_by_one``
+    writes few tokens by as many updates, for who reads the buffer as it lies: XLA for TPU gives a
+    scatter's operand another layout, and would copy the whole cache between the two at every step.
     """
 
     def write(buffer, new, start, *valid):
-        rows = jnp.arange(buffer.shape[0])[:, None]
-        positions = start[:, None] + jnp.arange(new.shape[1])
+        positions = start[:, None] + jnp.arange(new.shape[1], dtype=start.dtype)
         if valid:
             positions = jnp.where(valid[0], positions, buffer.shape[1])
-        return buffer.at[rows, positions].set(new.astype(buffer.dtype), mode="drop")
+        new = new.astype(buffer.dtype)
+        few = one_by_one and positions.size <= _FEW_TOKENS
+        return (_write_each if few else _scatter)(buffer, new, positions)
 
     row = ("batch", None, None)
     extra = () if valid is None else (valid,)
     axes = (row, row, row[:1], *(row[:2] for _ in extra))
     return kernel_map(write, axes, row)(buffer, new, start, *extra)
+
+
+def _scatter(buffer, new, positions):
+    rows = jnp.arange(buffer.shape[0])[:, None]
+    return buffer.at[rows, positions].set(new, mode="drop")
+
+
+def _write_each(buffer, new, positions):
+    """What :func:`_scatter` does, by updates that suit any layout of the buffer in memory."""
+    capacity = buffer.shape[1]
+    for row, token in itertools.product(*map(range, positions.shape)):
+        at = (row, jnp.minimum(positions[row, token], capacity - 1), 0)
+        old = jax.lax.dynamic_slice(buffer, at, (1, 1, buffer.shape[2]))
+        one = jnp.where(positions[row, token] < capacity, new[row, token], old)
+        buffer = jax.lax.dynamic_update_slice(buffer, one, at)
+    return buffer

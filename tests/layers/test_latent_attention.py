@@ -1,11 +1,14 @@
 """MLA: the absorbed form equals the expanded one, and the cache holds the latent only."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import jaxalope.layers.ops.latent_decode as latent_decode
 from jaxalope.layers.latent_attention import LatentAttention, write_rows
 
 
@@ -81,9 +84,31 @@ def test_rows_of_different_lengths(layer):
     np.testing.assert_allclose(out[0, 0], layer(long)[0][0, -1], atol=1e-5)
 
 
-def test_writing_past_the_end_or_invalid_changes_nothing():
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
+def test_decoding_by_a_kernel_equals_decoding_without(layer, kernel, steps, monkeypatch):
+    run = functools.partial(latent_decode._IMPLEMENTATIONS[kernel], interpret=True)
+    monkeypatch.setitem(latent_decode._IMPLEMENTATIONS, kernel, run)
+    named = nnx.clone(layer)
+    named.decode_implementation = kernel
+    x = jax.random.normal(jax.random.key(1), (2, 17 + steps, 24))
+    segments = jnp.array([[1] * 17, [1] * 5 + [0] * 12])
+    outs = []
+    for module in (layer, named):
+        _, cache = module(
+            x[:, :17],
+            module.init_cache(2, 40, jnp.float32),
+            length=jnp.zeros(2, jnp.int32),
+            segment_ids=segments,
+        )
+        outs.append(module(x[:, 17:], cache, length=jnp.array([17, 5])))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *outs)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_writing_past_the_end_or_invalid_changes_nothing(one_by_one):
     buffer = jnp.zeros((2, 4, 1))
     new = jnp.arange(1.0, 7.0).reshape(2, 3, 1)
     valid = jnp.array([[True, True, True], [True, False, False]])
-    out = write_rows(buffer, new, jnp.array([2, 0]), valid)
+    out = write_rows(buffer, new, jnp.array([2, 0]), valid, one_by_one=one_by_one)
     np.testing.assert_array_equal(out[..., 0], [[0, 0, 1, 2], [4, 0, 0, 0]])

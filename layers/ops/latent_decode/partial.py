@@ -7,7 +7,6 @@ not a number.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -39,12 +38,3 @@ def combine(
     total = jnp.sum(weights, axis=0)
     o = jnp.sum(o * weights[..., None], axis=0) / total[..., None]
     return o, top + jnp.log(total)
-
-
-def combine_over(
-    o: Float[Array, "*rows V"], lse: Float[Array, "*rows"], names: str | tuple[str, ...]
-) -> Float[Array, "*rows V"]:
-    """`combine` of the parts that the devices along mesh axes hold, inside a `shard_map`."""
-    weight = jnp.exp(lse - jax.lax.pmax(lse, names))
-    total = jax.lax.psum(weight, names)
-    return jax.lax.psum(o * weight[..., None], names) / total[..., None]
