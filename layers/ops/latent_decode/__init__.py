@@ -16,9 +16,11 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
+from .. import optional, tuning
 from .pallas_gpu import latent_decode_pallas_gpu
 from .pallas_tpu import latent_decode_pallas_tpu
 from .reference import latent_decode_reference
+from .shapes import shape_class
 from .xla import latent_decode_xla
 
 __all__ = ["IMPLEMENTATIONS", "latent_decode"]
@@ -29,7 +31,8 @@ _IMPLEMENTATIONS = {
     "pallas_tpu": latent_decode_pallas_tpu,
     "pallas_gpu": latent_decode_pallas_gpu,
 }
-# What `implementation=None` runs everywhere: no TPU and no GPU has timed the kernels yet.
+# What `implementation=None` runs where the table of `..tuning` has nothing: no TPU and no GPU has
+# timed the kernels yet.
 _DEFAULT = "xla"
 IMPLEMENTATIONS = tuple(sorted(_IMPLEMENTATIONS))
 
@@ -70,9 +73,13 @@ def latent_decode(
             named and cannot run here.
     """
     _check(q, latent, positions, value_dim, implementation)
-    run = functools.partial(
-        _IMPLEMENTATIONS[implementation or _DEFAULT], value_dim=value_dim, scale=scale
-    )
+    if implementation is None:
+        tuned = tuning.chosen_implementation("latent_decode", shape_class(q.shape[-1], value_dim))
+        names = {"default": _DEFAULT} | tuned
+        run = optional.by_platform({p: _IMPLEMENTATIONS[name] for p, name in names.items()})
+    else:
+        run = _IMPLEMENTATIONS[implementation]
+    run = functools.partial(run, value_dim=value_dim, scale=scale)
     counts = jnp.clip(positions.astype(jnp.int32), -1, latent.shape[1] - 1) + 1
     with jax.named_scope("latent_decode"):
         return _decode(run, functools.partial(_dense, value_dim, scale), q, latent, counts)

@@ -69,8 +69,8 @@ def _kernel(plan: _Plan, q, latent, counts, ends, o, lse):
         """Columns of values, and of the shared key; zeros outside."""
         for start, width in pieces:
             side = _power(width)
-            mask = inside[:, None] & (jnp.arange(side) < width)[None, :]
-            yield plgpu.load(ref.at[row, where, _columns(start, side)], mask=mask, other=0)
+            mask = _mask(inside, width)
+            yield plgpu.load(ref.at[row, where, _columns(start, side)], mask=mask, other=0.0)
 
     queries = list(read(q, rows, here))
 
@@ -97,9 +97,15 @@ def _kernel(plan: _Plan, q, latent, counts, ends, o, lse):
     )
     total, top, acc = jax.lax.fori_loop(first, jnp.minimum(first + each, blocks), add, carry)
     out, log = part(total[:, None], top[:, None], acc)
-    mask = here[:, None] & (jnp.arange(acc.shape[1]) < plan.values)[None, :]
-    plgpu.store(o.at[split, row, rows, _columns(0, acc.shape[1])], out, mask=mask)
+    columns = _columns(0, acc.shape[1])
+    plgpu.store(o.at[split, row, rows, columns], out, mask=_mask(here, plan.values))
     plgpu.store(lse.at[split, row, rows], log.reshape(plan.rows), mask=here)
+
+
+def _mask(rows, width: int):
+    """Of a tile: which of its rows, and of its columns those of the array."""
+    side = _power(width)
+    return rows[:, None] if side == width else rows[:, None] & (jnp.arange(side) < width)[None, :]
 
 
 def _columns(start: int, side: int):
@@ -152,14 +158,15 @@ def latent_decode_pallas_gpu(
         )
     batch, length, heads, width = q.shape
     capacity, rows = latent.shape[1], length * heads
-    side = min(_MAX_ROWS, _power(rows))
-    groups = pl.cdiv(rows, side)
+    # Exact float32 products run without tensor cores, and larger tiles would leave the registers.
     wide = max(q.dtype.itemsize, latent.dtype.itemsize) > 2
+    side = min(_MIN_SIDE if wide else _MAX_ROWS, _power(rows))
+    groups = pl.cdiv(rows, side)
     wanted = pl.cdiv(_PROGRAMS, batch * groups)
     plan = _Plan(
         scale=scale,
         rows=side,
-        block=32 if wide else 64,
+        block=_MIN_SIDE if wide else 64,
         splits=max(1, min(wanted, capacity // _MIN_SPAN)),
         values=value_dim,
         shared=width - value_dim,

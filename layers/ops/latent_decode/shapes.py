@@ -24,3 +24,8 @@ SHAPES = {
     "kimi_8m": LatentShape(4, 64, 16),  # the 8M CPU benchmark model
     "tiny": LatentShape(3, 20, 8),  # goldens
 }
+
+
+def shape_class(width: int, value_dim: int) -> str:
+    """Shapes that are tuned alike: latents of these widths."""
+    return f"c{width} v{value_dim}"
