@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
 import jax
 from jax.extend.core import Primitive
@@ -28,6 +30,36 @@ def tokamax(operator: str, module: str = "tokamax") -> ModuleType:
             "pip install jaxalope[kernels], on Python 3.12 with jax 0.11 or newer; or leave "
             "implementation None"
         ) from error
+
+
+def by_platform(choices: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """One function that runs the choice for the platform that it is lowered for.
+
+    Args:
+        choices: functions by platform, one of them ``"default"``, of the same arrays and static
+            keywords. One that raises an InputError when it is traced, as it cannot take these
+            arrays, gives way to the default, with a warning.
+    """
+    if len(choices) == 1:
+        return choices["default"]
+
+    def run(*arrays, **static):
+        default = functools.partial(choices["default"], **static)
+
+        def or_default(fn):
+            def one(*arrays):
+                try:
+                    return fn(*arrays, **static)
+                except InputError as error:
+                    warnings.warn(f"the default is used instead: {error}", stacklevel=2)
+                    return default(*arrays)
+
+            return one
+
+        others = {name: or_default(fn) for name, fn in choices.items() if name != "default"}
+        return jax.lax.platform_dependent(*arrays, default=default, **others)
+
+    return run
 
 
 @functools.cache

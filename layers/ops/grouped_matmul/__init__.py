@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
-from .. import optional
+from .. import optional, tuning
 from . import blocked
 from .reference import grouped_matmul_reference, grouped_swiglu_reference
+from .shapes import shape_class
 from .xla import Ragged
 
 
@@ -53,7 +54,7 @@ def grouped_matmul(
         w: one matrix a group, of the dtype of ``x``.
         group_sizes: rows of each group, int32, of sum at most ``M``.
         implementation: one of ``IMPLEMENTATIONS``; None picks ``blocked`` where the code is
-            lowered for CPU and ``xla`` elsewhere.
+            lowered for CPU and ``xla`` elsewhere, or what :mod:`..tuning` knows to be faster.
 
     Returns:
         The products, accumulated in float32, in the dtype of ``x``.
@@ -108,9 +109,10 @@ def _dispatch(implementation: str | None, function: str, *args: jax.Array) -> An
     """Run ``function`` of the named form, or of the one for the platform that is lowered for."""
     if implementation is not None:
         return getattr(_FORMS[implementation], function)(*args)
-    return jax.lax.platform_dependent(
-        *args, cpu=getattr(blocked, function), default=getattr(_FORMS["xla"], function)
-    )
+    weight = args[1].shape
+    tuned = tuning.chosen_implementation("grouped_matmul", shape_class(weight[0], weight))
+    names = {"default": "xla", "cpu": "blocked"} | tuned
+    return optional.by_platform({p: getattr(_FORMS[n], function) for p, n in names.items()})(*args)
 
 
 # The choice of a platform is made inside the forward and inside the backward rule: both forms keep

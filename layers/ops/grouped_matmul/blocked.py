@@ -21,6 +21,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from .. import tuning
+from .shapes import shape_class
 from .xla import silu_times
 
 BLOCK = 64  # rows a turn: fewer waste time in small products, more in rows that are not there
@@ -51,7 +53,8 @@ def map_groups(
     num_rows, num_groups = rows[0].shape[0], group_sizes.shape[0]
     mean = -(-num_rows // num_groups)
     first = min(num_rows, mean + math.ceil(2 * math.sqrt(mean)))
-    block = min(BLOCK, num_rows)
+    tuned = tuning.chosen("grouped_matmul", shape_class(num_groups, weights[0].shape))
+    block = min(tuned.get("block", BLOCK), num_rows)
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
 

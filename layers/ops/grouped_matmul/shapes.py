@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from .. import tuning
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertShape:
@@ -19,3 +21,8 @@ SHAPES = {
     "kimi_8m": ExpertShape(8, 2, 256, 256),  # the 8M CPU benchmark model
     "tiny": ExpertShape(8, 2, 48, 24),  # goldens
 }
+
+
+def shape_class(num_experts: int, weight: tuple[int, ...]) -> str:
+    """Shapes that are tuned alike: as many experts, their sizes up to a power of two."""
+    return f"e{num_experts} {tuning.up_to_power_of_2(max(weight[1:]))}"

@@ -12,15 +12,16 @@ given Hv / H value heads a q/k head, or, wrapped in `_ungrouped`, one.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
 from ...segments import is_token
+from .. import optional, tuning
 from .gates import bounded_gate, l2norm, softplus_gate
 from .pallas_tpu import kda_pallas_tpu
 from .reference import kda_reference
+from .shapes import shape_class
 from .step import kda_step, repeat_heads
 from .tokamax_tpu import kda_tokamax
 from .xla import kda_xla
@@ -45,8 +46,8 @@ _IMPLEMENTATIONS = {
     "pallas_tpu": kda_pallas_tpu,
     "tokamax": _ungrouped(kda_tokamax),
 }
-# What `implementation=None` runs, by the platform that the code is lowered for. The TPU kernels are
-# not here yet: no TPU has timed them.
+# What `implementation=None` runs, by the platform that the code is lowered for, where the table of
+# `..tuning` has nothing. The TPU kernels are not here yet: no TPU has timed them.
 _BY_PLATFORM = {"default": "xla"}
 _CHUNK_SIZES = (16, 32, 64, 128)
 
@@ -61,7 +62,7 @@ def kda(
     initial_state: Float[Array, "B Hv K V"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     gate_lower_bound: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
@@ -77,7 +78,8 @@ def kda(
       segment_ids: 0 is padding, anywhere in the row: it leaves the state untouched and its output
         is zero. A change of non-zero id between successive tokens restarts the state from zero.
       scale: factor of the queries; None is K ** -0.5.
-      chunk_size: tokens a chunk, 16, 32, 64 or 128; every size gives the same result.
+      chunk_size: tokens a chunk, 16, 32, 64 or 128; every size gives the same result. None is 64,
+        or what `..tuning` knows to be faster.
       gate_lower_bound: what no g is below, as the caller knows; None is unbounded. Only "tokamax"
         asks for it, for -5 or more.
       implementation: "reference", "xla", "pallas_tpu" (float32 or bfloat16, heads up to 256 wide,
@@ -106,13 +108,14 @@ def kda(
         one = (x[:, 0] for x in (q, k, v, g, beta))
         o, state = kda_step(*one, initial_state, scale=scale)
         return o[:, None], state
+    shapes = shape_class(q.shape[-1], v.shape[-1])
+    if chunk_size is None:
+        chunk_size = tuning.chosen("kda", shapes).get("chunk_size", 64)
     chunk = min(chunk_size, max(_CHUNK_SIZES[0], 1 << (length - 1).bit_length()))
     q, k, v, g, beta, segment_ids = (
         _pad_tokens(x, -length % chunk) for x in (q, k, v, g, beta, segment_ids)
     )
-    run = _select(implementation)
-    if implementation == "tokamax":
-        run = functools.partial(run, gate_lower_bound=gate_lower_bound)
+    run = _select(implementation, shapes, gate_lower_bound)
     o, state = run(q, k, v, g, beta, initial_state, segment_ids, scale=scale, chunk_size=chunk)
     return o[:, :length], state
 
@@ -123,18 +126,17 @@ def _pad_tokens(x: Array | None, count: int) -> Array | None:
     return jnp.pad(x, ((0, 0), (0, count)) + ((0, 0),) * (x.ndim - 2))
 
 
-def _select(implementation: str | None):
+def _select(implementation: str | None, shapes: str, gate_lower_bound: float | None):
+    def pick(name):
+        run = _IMPLEMENTATIONS[name]
+        if name != "tokamax":
+            return run
+        return functools.partial(run, gate_lower_bound=gate_lower_bound)
+
     if implementation is not None:
-        return _IMPLEMENTATIONS[implementation]
-    choices = {platform: _IMPLEMENTATIONS[name] for platform, name in _BY_PLATFORM.items()}
-    if len(choices) == 1:
-        return choices["default"]
-
-    def run(*arrays, **static):
-        bound = {p: functools.partial(f, **static) for p, f in choices.items()}
-        return jax.lax.platform_dependent(*arrays, **bound)
-
-    return run
+        return pick(implementation)
+    names = _BY_PLATFORM | tuning.chosen_implementation("kda", shapes)
+    return optional.by_platform({platform: pick(name) for platform, name in names.items()})
 
 
 def _check(q, k, v, g, beta, initial_state, segment_ids, chunk_size, implementation):
@@ -142,7 +144,7 @@ def _check(q, k, v, g, beta, initial_state, segment_ids, chunk_size, implementat
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         supported = ", ".join(sorted(_IMPLEMENTATIONS))
         raise InputError(f"implementation={implementation!r} is not one of: {supported}, or None")
-    if chunk_size not in _CHUNK_SIZES:
+    if chunk_size is not None and chunk_size not in _CHUNK_SIZES:
         raise InputError(f"chunk_size={chunk_size} must be one of {_CHUNK_SIZES}")
     if q.ndim != 4 or v.ndim != 4:
         raise InputError(f"q {q.shape} and v {v.shape} must be [B, T, heads, dim]")

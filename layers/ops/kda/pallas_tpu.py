@@ -25,7 +25,9 @@ from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
 from ...segments import segment_index
+from .. import tuning
 from . import pallas_tpu_chunk as chunks
+from .shapes import shape_class
 
 _LANES = 128
 # Widest head that is compiled for in tests; the state of a head has to stay in VMEM.
@@ -339,7 +341,8 @@ def kda_pallas_tpu(
         )
     value_heads = v.shape[2]
     group = value_heads // q.shape[2]
-    heads = _HEADS_A_STEP
+    tuned = tuning.chosen("kda", shape_class(q.shape[-1], v.shape[-1]))
+    heads = tuned.get("heads", _HEADS_A_STEP)
     while value_heads % heads or (heads % group and group % heads):
         heads -= 1
     shared = max(1, heads // group)

@@ -21,3 +21,8 @@ SHAPES = {
     "gva": KdaShape(2, 4, 16, 24),  # grouped value heads and V != K, for tests
     "tiny": KdaShape(2, 2, 16, 16),  # goldens
 }
+
+
+def shape_class(key_dim: int, value_dim: int) -> str:
+    """Shapes that are tuned alike: heads of these widths."""
+    return f"k{key_dim} v{value_dim}"

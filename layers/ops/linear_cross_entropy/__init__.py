@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
+from .. import tuning
 from .general import head_cross_entropy_xla
 from .reference import linear_cross_entropy_reference
 from .terms import Terms, ways
@@ -83,7 +84,7 @@ def linear_cross_entropy(
         accuracy: add up the weights of the positions where no token is likelier than the target.
         max_logits: most float32 logits of a device alive at once, about; in both passes.
         chunk_size: tokens of a device that are taken at once; None is as many as ``max_logits``
-            allows.
+            allows, or fewer where :mod:`..tuning` knows that to be faster.
         implementation: ``"xla"``, ``"reference"``, ``"tokamax"`` (where it is installed; neither
             cap, z-loss, entropy nor accuracy, nor a vocabulary that is split over devices), or None
             for the platform's best.
@@ -112,9 +113,13 @@ def linear_cross_entropy(
             f"linear_cross_entropy: implementation={implementation!r} is not one of "
             f"{sorted(_IMPLEMENTATIONS)}; leave it None to pick by platform"
         )
-    local = targets.size // (ways("batch", "seq"))
+    local = targets.size // ways("batch", "seq")
     most = max(1, max_logits // (vocab // ways("vocab")))
-    chunk = min(local, most if chunk_size is None else chunk_size)
+    if chunk_size is None:
+        shape_class = f"v{tuning.up_to_power_of_2(vocab // ways('vocab'))}"
+        tuned = tuning.chosen("linear_cross_entropy", shape_class).get("chunk_size", most)
+        chunk_size = min(tuned, most)
+    chunk = min(local, chunk_size)
     return _IMPLEMENTATIONS[implementation or "xla"](
         hidden,
         kernel,

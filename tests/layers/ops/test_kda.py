@@ -439,8 +439,8 @@ def test_l2norm_has_eps_inside_the_root():
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_input_names_the_argument():
     (q, k, v, g, beta, state), _ = draw("gva", length=8)
-    for implementation in ("pallas_gpu", "fast"):
-        with pytest.raises(InputError, match=f"{implementation}.*reference, xla"):
+    for implementation in ("mosaic", "fast"):
+        with pytest.raises(InputError, match=f"{implementation}.*reference, tokamax, xla"):
             kda(q, k, v, g, beta, implementation=implementation)
     with pytest.raises(InputError, match="chunk_size=48"):
         kda(q, k, v, g, beta, chunk_size=48)

@@ -1,0 +1,152 @@
+"""What was measured to be best on a kind of device: block sizes, and which implementation.
+
+``tuning.json``, beside this file, maps ``operator -> device kind -> shape class -> choices``, and
+``bench/tune.py`` rewrites the entries of the device that it runs on. Operators look their choices
+up while they are traced, for the device kind of the mesh in force, or of this host's first device
+where there is none. A kind or a class that is not in the table has the defaults of the code. An
+entry that names an ``implementation`` is how a kernel becomes what ``implementation=None`` runs: on
+the kind of device that it was timed on, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from ...errors import InputError
+
+PATH = pathlib.Path(__file__).with_name("tuning.json")
+# What can be chosen, by operator: the type of each choice.
+CHOICES: dict[str, dict[str, type]] = {
+    "grouped_matmul": {"implementation": str, "block": int},
+    "kda": {"implementation": str, "chunk_size": int, "heads": int},
+    "latent_decode": {"implementation": str},
+    "linear_cross_entropy": {"chunk_size": int},
+}
+# What else an entry holds: how it was found.
+FACTS = ("date", "jax", "speedup")
+
+Table = dict[str, dict[str, dict[str, dict[str, Any]]]]
+_TRIED: contextvars.ContextVar[Mapping[str, Mapping[str, Any]] | None] = contextvars.ContextVar(
+    "tried", default=None
+)
+
+
+def device() -> tuple[str, str]:
+    """Platform and kind (``"cpu"``, ``"TPU v6 lite"``, ...) of what is being traced for."""
+    found = jax.sharding.get_abstract_mesh().abstract_device
+    if found is None:
+        found = jax.devices()[0]
+    return found.platform, found.device_kind
+
+
+def chosen(operator: str, shape_class: str) -> dict[str, Any]:
+    """The choices for this operator and class of shapes on :func:`device`; {} where none is known.
+
+    Sizes count where the code is lowered for another platform too: every size is right anywhere. An
+    implementation is not; see :func:`chosen_implementation`.
+    """
+    tried = _TRIED.get() or {}
+    if operator in tried:
+        return dict(tried[operator])
+    kinds = _committed().get(operator, {})
+    # Without an entry of the operator, no device has to be asked for.
+    entry = kinds.get(device()[1], {}).get(shape_class, {}) if kinds else {}
+    return {name: entry[name] for name in CHOICES[operator] if name in entry}
+
+
+def chosen_implementation(operator: str, shape_class: str) -> dict[str, str]:
+    """``{platform: implementation}`` where the table names one, {} where it does not.
+
+    For ``jax.lax.platform_dependent``: a program may be lowered for another platform than that of
+    the device that it is traced for.
+    """
+    name = chosen(operator, shape_class).get("implementation")
+    return {} if name is None else {device()[0]: name}
+
+
+@contextlib.contextmanager
+def trying(operator: str, **choices: Any) -> Iterator[None]:
+    """Trace the body with these choices for an operator, whatever the table says.
+
+    JAX's trace cache does not see them: trace a new function under each.
+    """
+    _check_choices(operator, choices, "trying")
+    token = _TRIED.set({**(_TRIED.get() or {}), operator: choices})
+    try:
+        yield
+    finally:
+        _TRIED.reset(token)
+
+
+def read(path: pathlib.Path = PATH) -> Table:
+    """The table.
+
+    Raises:
+        InputError: an operator, a choice or a type that is unknown.
+    """
+    table = json.loads(path.read_text(encoding="utf-8"))
+    for operator, kinds in table.items():
+        for kind, classes in kinds.items():
+            for name, entry in classes.items():
+                where = f"{path.name}: {operator} / {kind} / {name}"
+                choices = {key: value for key, value in entry.items() if key not in FACTS}
+                _check_choices(operator, choices, where)
+    return table
+
+
+def write(
+    operator: str,
+    kind: str,
+    entries: Mapping[str, Mapping[str, Any] | None],
+    path: pathlib.Path = PATH,
+) -> None:
+    """Replace the entries of some shape classes; None removes one. All at once, and sorted."""
+    table = read(path) if path.exists() else {}
+    classes = table.setdefault(operator, {}).setdefault(kind, {})
+    for name, entry in entries.items():
+        if entry is None:
+            classes.pop(name, None)
+            continue
+        choices = {key: value for key, value in entry.items() if key not in FACTS}
+        _check_choices(operator, choices, f"{operator} / {kind} / {name}")
+        classes[name] = dict(entry)
+    if not classes:
+        del table[operator][kind]
+    if not table[operator]:
+        del table[operator]
+    text = json.dumps(table, indent=2, sort_keys=True) + "\n"
+    new = path.with_suffix(".json.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+    _committed.cache_clear()
+
+
+@functools.cache
+def _committed() -> Table:
+    return read(PATH)
+
+
+def _check_choices(operator: str, choices: Mapping[str, Any], where: str) -> None:
+    if operator not in CHOICES:
+        raise InputError(f"{where}: {operator!r} is not one of {sorted(CHOICES)}")
+    for name, value in choices.items():
+        kind = CHOICES[operator].get(name)
+        if kind is None:
+            raise InputError(f"{where}: {name!r} is not one of {sorted(CHOICES[operator])}")
+        if type(value) is not kind or (kind is int and value < 1):
+            raise InputError(
+                f"{where}: {name}={value!r} must be a {'positive ' * (kind is int)}{kind.__name__}"
+            )
+
+
+def up_to_power_of_2(size: int) -> int:
+    """The least power of two that is no smaller: a class of sizes."""
+    return 1 << (size - 1).bit_length()
