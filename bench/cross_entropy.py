@@ -5,7 +5,8 @@
 The forms run in turns on the same inputs; a ratio is taken within a turn, and reported as the
 median of the turns with the lowest and the highest. ``one pass`` is the operator, ``general`` its
 form for heads that are any function; ``checkpointed`` differentiates a scan over chunks of the
-sequence whose logits are computed again; ``whole`` has all logits at once. Memory is what the
+sequence whose logits are computed again; ``no argmax`` is the same that counts hits by a maximum,
+as the operator does, and not by an argmax; ``whole`` has all logits at once. Memory is what the
 compiled program allocates for temporaries (`memory_analysis`), inputs and outputs not counted.
 """
 
@@ -28,19 +29,20 @@ _TURNS = flags.DEFINE_integer("turns", 7, "Measurements of each form.", lower_bo
 _OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JSON lines.")
 
 
-def token_sums(head, z_loss, hidden, targets, weights):
+def token_sums(head, z_loss, hidden, targets, weights, argmax=True):
     """The sums of all logits at once, for JAX to differentiate."""
     logits = hidden @ head.astype(hidden.dtype)
     logits = logits.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
-    nll = log_z - jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
-    right = jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == targets
+    own = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+    nll, still = log_z - own, jax.lax.stop_gradient(logits)
+    right = jnp.argmax(still, axis=-1) == targets if argmax else own == jnp.max(still, axis=-1)
     loss = jnp.sum(weights * nll) + z_loss * jnp.sum(weights * log_z**2)
     return loss, jnp.sum(weights * right)
 
 
-def checkpointed(hidden, head, targets, weights, *, z_loss, chunk_size):
+def checkpointed(hidden, head, targets, weights, *, z_loss, chunk_size, argmax=True):
     """A scan over chunks of every row, whose logits are computed again for the gradient."""
     count = hidden.shape[0] * hidden.shape[1] // chunk_size
 
@@ -49,7 +51,7 @@ def checkpointed(hidden, head, targets, weights, *, z_loss, chunk_size):
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(total, part):
-        return jax.tree.map(jnp.add, total, token_sums(head, z_loss, *part)), None
+        return jax.tree.map(jnp.add, total, token_sums(head, z_loss, *part, argmax)), None
 
     zero = (jnp.float32(0), jnp.float32(0))
     return jax.lax.scan(body, zero, [parts(x) for x in (hidden, targets, weights)])[0]
@@ -79,6 +81,7 @@ FORMS = {
     "one pass": linear_cross_entropy,
     "general": general,
     "checkpointed": checkpointed,
+    "no argmax": functools.partial(checkpointed, argmax=False),
     "whole": whole,
 }
 
