@@ -19,6 +19,7 @@ from ....errors import InputError
 from ...segments import is_token
 from .. import optional, tuning
 from .gates import bounded_gate, l2norm, softplus_gate
+from .pallas_gpu import kda_pallas_gpu
 from .pallas_tpu import kda_pallas_tpu
 from .reference import kda_reference
 from .shapes import shape_class
@@ -43,12 +44,15 @@ def _ungrouped(run):
 _IMPLEMENTATIONS = {
     "reference": _ungrouped(kda_reference),
     "xla": _ungrouped(kda_xla),
+    "pallas_gpu": kda_pallas_gpu,
     "pallas_tpu": kda_pallas_tpu,
     "tokamax": _ungrouped(kda_tokamax),
 }
 # What `implementation=None` runs, by the platform that the code is lowered for, where the table of
 # `..tuning` has nothing. The TPU kernels are not here yet: no TPU has timed them.
 _BY_PLATFORM = {"default": "xla"}
+# Implementations that have a kernel for one token.
+_STEP_KERNELS = ("pallas_gpu",)
 _CHUNK_SIZES = (16, 32, 64, 128)
 
 
@@ -82,8 +86,9 @@ def kda(
         or what `..tuning` knows to be faster.
       gate_lower_bound: what no g is below, as the caller knows; None is unbounded. Only "tokamax"
         asks for it, for -5 or more.
-      implementation: "reference", "xla", "pallas_tpu" (float32 or bfloat16, heads up to 256 wide,
-        lowered for TPU), or None for the best one where the code is lowered.
+      implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu" (float32 or bfloat16, heads
+        up to 256 wide, lowered for TPU or for CUDA), or None for the best one where the code is
+        lowered.
 
     Returns:
       o in v's dtype, and the float32 state after each row's last token.
@@ -104,9 +109,9 @@ def kda(
         # Made from the inputs, so that it has their sharding.
         initial_state = jnp.zeros_like(g[:, 0, :, :, None] * v[:, 0, :, None, :])
     initial_state = initial_state.astype(g.dtype)
-    if length == 1 and implementation is None:
+    if length == 1 and (implementation is None or implementation in _STEP_KERNELS):
         one = (x[:, 0] for x in (q, k, v, g, beta))
-        o, state = kda_step(*one, initial_state, scale=scale)
+        o, state = kda_step(*one, initial_state, scale=scale, implementation=implementation)
         return o[:, None], state
     shapes = shape_class(q.shape[-1], v.shape[-1])
     if chunk_size is None:

@@ -19,22 +19,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 from jaxtyping import Array, Float, Int
 
-from ....errors import InputError
-from ...segments import segment_index
 from .. import tuning
 from . import pallas_tpu_chunk as chunks
+from .pallas import check, group_sum, only_on, segment_marks, widen
 from .shapes import shape_class
 
 _LANES = 128
-# Widest head that is compiled for in tests; the state of a head has to stay in VMEM.
-_MAX_WIDTH = 256
 # Heads a grid step: their chains of small products are independent, and fill each other's gaps.
 _HEADS_A_STEP = 2
-_REMEDY = 'use implementation="xla", or None for the best one where the code is lowered'
+_on_tpu = only_on("tpu", "pallas_tpu")
 
 
 class _Plan(NamedTuple):
@@ -48,24 +43,6 @@ class _Plan(NamedTuple):
     key: int
     value: int
     interpret: bool
-
-
-# A program lowered for another platform ------------------------------------------------------
-
-_on_tpu_p = Primitive("kda_pallas_tpu_platform")
-_on_tpu_p.def_impl(lambda x: jax.jit(_on_tpu_p.bind)(x))
-_on_tpu_p.def_abstract_eval(lambda x: x)
-batching.primitive_batchers[_on_tpu_p] = lambda xs, dims: (_on_tpu_p.bind(*xs), dims[0])
-
-
-def _not_on_tpu(ctx, x):
-    platforms = ", ".join(ctx.module_context.platforms)
-    raise InputError(f'implementation="pallas_tpu" is being lowered for {platforms}: {_REMEDY}')
-
-
-# Which platform a program is for is known only when it is lowered: an identity that fails there.
-mlir.register_lowering(_on_tpu_p, _not_on_tpu)
-mlir.register_lowering(_on_tpu_p, lambda ctx, x: [x], platform="tpu")
 
 
 # Kernels -------------------------------------------------------------------------------------
@@ -194,11 +171,10 @@ def _inputs(plan: _Plan, q, k, v, g, beta, marks) -> dict:
     """Arrays in the kernels' layout, by name, in the order of the kernels' arguments."""
 
     def lanes(x, width):
-        x = jnp.pad(x, ((0, 0),) * 3 + ((0, width - x.shape[-1]),)) if width > x.shape[-1] else x
-        return x.reshape(*x.shape[:2], -1)
+        return widen(x, width).reshape(*x.shape[:2], -1)
 
     batch, length, heads = beta.shape
-    q = q if plan.interpret else _on_tpu_p.bind(q)
+    q = q if plan.interpret else _on_tpu(q)
     beta = jnp.swapaxes(beta.astype(jnp.float32), 1, 2)
     ins = {
         "q": ("shared", lanes(q, plan.key)),
@@ -217,9 +193,7 @@ def _last(ins: dict, name: str) -> dict:
 
 def _to_kernel(plan: _Plan, state: Float[Array, "B H K V"]) -> Float[Array, "B H Vp Kp"]:
     """Transposed and padded."""
-    key, value = state.shape[2:]
-    state = jnp.pad(state, ((0, 0), (0, 0), (0, plan.key - key), (0, plan.value - value)))
-    return jnp.swapaxes(state, 2, 3)
+    return jnp.swapaxes(widen(state, plan.key, plan.value), 2, 3)
 
 
 def _run_forward(plan: _Plan, save: bool, q, k, v, g, beta, initial_state, marks):
@@ -259,10 +233,9 @@ def _kda_backward(plan: _Plan, residuals, cotangents):
     batch, length, heads, width = v.shape
     key = q.shape[-1]
     ins = _inputs(plan, q, k, v, g, beta, marks)
-    lanes = ((0, 0),) * 3 + ((0, plan.value - width),)
     ins |= {
         "states": ("states", states),
-        "do": ("value", jnp.pad(do, lanes).reshape(batch, length, -1)),
+        "do": ("value", widen(do, plan.value).reshape(batch, length, -1)),
         "dfinal": ("state", _to_kernel(plan, dfinal)),
     }
     ins = _last(ins, "marks")
@@ -284,15 +257,12 @@ def _kda_backward(plan: _Plan, residuals, cotangents):
     kernel = functools.partial(_backward_kernel, plan, marks is not None)
     dq, dk, dv, dg, dbeta, dinitial = _call(kernel, plan, ins, outs, flops, reverse=True)
 
-    def grouped(x, like):
-        x = x.reshape(batch, length, heads // plan.group, plan.group, plan.key)[..., :key]
-        return jnp.sum(x, axis=3).astype(like.dtype) if plan.group > 1 else x[..., 0, :]
-
+    dq, dk = (x.reshape(batch, length, heads, plan.key) for x in (dq, dk))
     dv = dv.reshape(batch, length, heads, plan.value)[..., :width]
     dg = dg.reshape(batch, length, heads, plan.key)[..., :key]
     dbeta = jnp.swapaxes(dbeta.reshape(batch, heads, length), 1, 2).astype(beta.dtype)
     dinitial = jnp.swapaxes(dinitial, 2, 3)[:, :, :key, :width]
-    return grouped(dq, q), grouped(dk, k), dv, dg, dbeta, dinitial, None
+    return group_sum(dq, q), group_sum(dk, k), dv, dg, dbeta, dinitial, None
 
 
 _kda.defvjp(_kda_forward, _kda_backward)
@@ -323,22 +293,8 @@ def kda_pallas_tpu(
     Raises:
       InputError: another dtype, or heads wider than 256; when lowered, another platform than TPU.
     """
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            raise InputError(
-                f'{name} has dtype {x.dtype}; implementation="pallas_tpu" takes float32 and '
-                f"bfloat16: cast it, or {_REMEDY}"
-            )
-    if g.dtype != jnp.float32:
-        raise InputError(
-            f'g has dtype {g.dtype}; implementation="pallas_tpu" takes float32: {_REMEDY}'
-        )
+    check("pallas_tpu", q, k, v, g)
     key, value = (width + -width % _LANES for width in (q.shape[-1], v.shape[-1]))
-    if max(key, value) > _MAX_WIDTH:
-        raise InputError(
-            f"q {q.shape} and v {v.shape} have heads wider than {_MAX_WIDTH}, the limit of "
-            f'implementation="pallas_tpu": {_REMEDY}'
-        )
     value_heads = v.shape[2]
     group = value_heads // q.shape[2]
     tuned = tuning.chosen("kda", shape_class(q.shape[-1], v.shape[-1]))
@@ -347,14 +303,5 @@ def kda_pallas_tpu(
         heads -= 1
     shared = max(1, heads // group)
     plan = _Plan(scale, chunk_size, heads, shared, group, key, value, interpret)
-    marks = None if segment_ids is None else _marks(segment_ids, chunk_size)
+    marks = None if segment_ids is None else segment_marks(segment_ids, chunk_size)
     return _kda(plan, q, k, v, g, beta, initial_state, marks)
-
-
-def _marks(segment_ids: Int[Array, "B T"], chunk: int) -> Float[Array, "B N 3 C"]:
-    """Each token's segment number; is it the segment that entered its chunk; that leaves it."""
-    number = segment_index(segment_ids).reshape(segment_ids.shape[0], -1, chunk)
-    last = number[..., -1:]
-    # A row starts inside its segment 0.
-    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    return jnp.stack([number, number == before, number == last], axis=2).astype(jnp.float32)

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from .pallas import dot
+
 # Rows of a float32 tile: pairs inside one are multiplied out, all others are matrix products.
 TILE = 8
-_CONTRACT = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
 
 
 class Level(NamedTuple):
@@ -52,18 +53,6 @@ class Chunk(NamedTuple):
     reads: Array  # P
     inverse: Array  # (I + L)^-1
     dtype: jnp.dtype
-
-
-def dot(x: Array, y: Array, how: str, dtype=jnp.float32) -> Array:
-    """x y ("nn"), x y^T ("nt") or x^T y ("tn"), summed in float32; exact unless dtype is 16-bit."""
-    left, right = _CONTRACT[how]
-    return jax.lax.dot_general(
-        x.astype(dtype),
-        y.astype(dtype),
-        (((left,), (right,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _down(x: Array, count: int) -> Array:

@@ -1,11 +1,14 @@
 """How tests of KDA run it, differentiate it, and compare."""
 
+import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxalope.layers.ops.kda import kda
+import jaxalope.layers.ops.kda as kda_module
+from jaxalope.layers.ops.kda import kda, l2norm, pallas_gpu, pallas_gpu_step, pallas_tpu, step
 
 FIXTURES = pathlib.Path(__file__).parents[2] / "fixtures" / "kda"
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
@@ -37,3 +40,37 @@ def close(got, want, tolerance):
 def relative_rms(got, want):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+
+
+def interpret(monkeypatch, implementation):
+    """Pallas kernels under their public name, run by XLA on this host."""
+    tables = {
+        "pallas_tpu": [(kda_module._IMPLEMENTATIONS, pallas_tpu.kda_pallas_tpu)],
+        "pallas_gpu": [
+            (kda_module._IMPLEMENTATIONS, pallas_gpu.kda_pallas_gpu),
+            (step.STEPS, pallas_gpu_step.kda_step_pallas_gpu),
+        ],
+    }
+    for table, kernels in tables.get(implementation, []):
+        monkeypatch.setitem(table, implementation, functools.partial(kernels, interpret=True))
+
+
+def draw_heads(length, batch=1, heads=1, value_heads=1, key=5, value=7, decay="strong"):
+    """q, k, v, g, beta, initial_state, and cotangents of o and of the final state."""
+    rng = np.random.default_rng(0)
+
+    def normal(*dims):
+        return jnp.asarray(rng.normal(size=dims), jnp.float32)
+
+    logs = {"strong": (1e-3, 300.0), "bounded": (1e-2, 5.0)}[decay]
+    g = -np.exp(rng.uniform(*np.log(logs), size=(batch, length, value_heads, key)))
+    arrays = (
+        l2norm(normal(batch, length, heads, key)),
+        l2norm(normal(batch, length, heads, key)),
+        normal(batch, length, value_heads, value),
+        jnp.asarray(g, jnp.float32),
+        jax.nn.sigmoid(normal(batch, length, value_heads)),
+        normal(batch, value_heads, key, value),
+    )
+    shapes = (batch, length, value_heads, value), (batch, value_heads, key, value)
+    return arrays, tuple(normal(*s) for s in shapes)

@@ -1,0 +1,100 @@
+"""What the Pallas kernels of KDA share, whatever chip they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jaxtyping import Array, Float, Int
+
+from ....errors import InputError
+from ...segments import segment_index
+
+REMEDY = 'use implementation="xla", or None for the best one where the code is lowered'
+# Widest head that is compiled for in tests; the state of a head has to stay on the chip.
+MAX_WIDTH = 256
+_CONTRACT = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
+
+
+def dot(
+    x: Array, y: Array, how: str, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST
+) -> Array:
+    """x y ("nn"), x y^T ("nt") or x^T y ("tn"), summed in float32.
+
+    `precision` is that of float32 factors: all of it, unless said otherwise.
+    """
+    left, right = _CONTRACT[how]
+    return jax.lax.dot_general(
+        x.astype(dtype),
+        y.astype(dtype),
+        (((left,), (right,)), ((), ())),
+        precision=precision if dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def only_on(platform: str, implementation: str) -> Callable[[Array], Array]:
+    """An identity that raises InputError when it is lowered for another platform.
+
+    Which platform a program is for is known only then.
+    """
+    primitive = Primitive(f"kda_{implementation}_platform")
+    primitive.def_impl(lambda x: jax.jit(primitive.bind)(x))
+    primitive.def_abstract_eval(lambda x: x)
+    batching.primitive_batchers[primitive] = lambda xs, dims: (primitive.bind(*xs), dims[0])
+
+    def elsewhere(ctx, x):
+        platforms = ", ".join(ctx.module_context.platforms)
+        raise InputError(
+            f'implementation="{implementation}" is being lowered for {platforms}: {REMEDY}'
+        )
+
+    mlir.register_lowering(primitive, elsewhere)
+    mlir.register_lowering(primitive, lambda ctx, x: [x], platform=platform)
+    return primitive.bind
+
+
+def check(implementation: str, q: Array, k: Array, v: Array, g: Array) -> None:
+    """Raises InputError for a dtype or a width that no kernel takes."""
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            raise InputError(
+                f'{name} has dtype {x.dtype}; implementation="{implementation}" takes float32 and '
+                f"bfloat16: cast it, or {REMEDY}"
+            )
+    if g.dtype != jnp.float32:
+        raise InputError(
+            f'g has dtype {g.dtype}; implementation="{implementation}" takes float32: {REMEDY}'
+        )
+    if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
+        raise InputError(
+            f"q {q.shape} and v {v.shape} have heads wider than {MAX_WIDTH}, the limit of "
+            f'implementation="{implementation}": {REMEDY}'
+        )
+
+
+def widen(x: Array, *widths: int) -> Array:
+    """Pads the last axes with zeros to these widths."""
+    extra = [width - size for width, size in zip(widths, x.shape[-len(widths) :], strict=True)]
+    if not any(extra):
+        return x
+    return jnp.pad(x, ((0, 0),) * (x.ndim - len(widths)) + tuple((0, count) for count in extra))
+
+
+def group_sum(x: Float[Array, "B T Hv padded"], like: Float[Array, "B T H K"]) -> Array:
+    """Adds up the gradients of the value heads that read one q/k head; padded channels go."""
+    batch, length, heads, width = like.shape
+    x = x.reshape(batch, length, heads, -1, x.shape[-1])[..., :width]
+    return jnp.sum(x, axis=3).astype(like.dtype) if x.shape[3] > 1 else x[..., 0, :]
+
+
+def segment_marks(segment_ids: Int[Array, "B T"], chunk: int) -> Float[Array, "B N 3 C"]:
+    """Each token's segment number; is it the segment that entered its chunk; that leaves it."""
+    number = segment_index(segment_ids).reshape(segment_ids.shape[0], -1, chunk)
+    last = number[..., -1:]
+    # A row starts inside its segment 0.
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    return jnp.stack([number, number == before, number == last], axis=2).astype(jnp.float32)

@@ -1,0 +1,323 @@
+"""KDA by Pallas kernels for GPU (Triton), forward and backward: chunks in parallel, then in turn.
+
+A pass over a row is sequential and a GPU is wide: one program a head would leave most of an H200's
+132 processors idle at 16 to 96 heads. So each pass is cut up. `score` and `prepare` take all chunks
+of all heads at once and do whatever does not need the state: decays, scores, the inverse. Then
+`advance` carries the state from chunk to chunk with few and short products, and splits it by
+columns, which never meet, so that about one program a processor runs. Outputs are made there too:
+to make them in another parallel kernel would write and read a state a chunk, K*V/C numbers a token.
+The backward pass runs the first two again, `retreat` carries the gradient of the state backwards,
+and `transpose` takes all chunks at once, some key channels a program. No sum is shared between
+programs, so that runs repeat to the bit.
+
+Bytes of the forward pass, a token and head, K=V=128, C=64, bfloat16: inputs, twice, 2312; L 512 and
+what is handed to `advance` 2304, written and read; outputs 256: 5.4 kB or 1.25 ns at 4.3 TB/s,
+against 184 kFLOP or 0.23 ns at 790 TFLOP/s. W and U are handed on instead of the inverse and v, 10%
+more bytes, because that leaves two products instead of three on the way from state to state. L goes
+through memory because a kernel that makes and inverts it needs more than a thread's 255 registers
+and spills kilobytes (found by compiling for sm_90). Forward for a backward pass adds what is saved:
+states and writes, 2*K*V/C + 2*V bytes.
+
+Large products run in bfloat16 where q does, other scores and their gradients in TF32, the
+inverse in three TF32 parts. With float32 inputs all are float32. Kernels are in
+`pallas_gpu_kernels.py`. K and V are padded to powers of two. No GPU has run or timed this:
+sizes were chosen by what a compiler says of registers (`bench/kda.py --sm=90`).
+
+Source: Kimi Linear report, section 3.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+from jaxtyping import Array, Float, Int
+
+from . import pallas_gpu_kernels as kernels
+from .pallas import check, group_sum, only_on, segment_marks, widen
+from .pallas_gpu_kernels import Plan, Tuning
+
+on_gpu = only_on("cuda", "pallas_gpu")
+# Longer chunks run as these: a block row of the inverse is unrolled, and lives in registers.
+_MAX_CHUNK = 64
+# Programs that fill an H100 or H200, and widths of a program's share of the state.
+_PROCESSORS = 132
+_VALUE_BLOCKS = (64, 32, 16)
+_KEY_BLOCK = 64
+_TUNING = Tuning(score=(4, 1), prepare=(4, 1), advance=(4, 2), retreat=(4, 2), transpose=(8, 1))
+
+
+def power_of_two(width: int) -> int:
+    """The smallest block that Triton takes for so many numbers."""
+    return max(kernels.ROWS, 1 << (width - 1).bit_length())
+
+
+def plan(q, v, scale: float, chunk: int, interpret: bool) -> Plan:
+    """Sizes for these shapes."""
+    batch, _, value_heads, width = v.shape
+    value = power_of_two(width)
+    choices = [block for block in _VALUE_BLOCKS if block <= value]
+    full = [x for x in choices if batch * value_heads * (value // x) >= _PROCESSORS]
+    return Plan(
+        scale=scale,
+        chunk=min(chunk, _MAX_CHUNK),
+        group=value_heads // q.shape[2],
+        key=power_of_two(q.shape[-1]),
+        value=value,
+        value_block=full[0] if full else choices[-1],
+        key_block=min(_KEY_BLOCK, power_of_two(q.shape[-1])),
+        dtype=jnp.dtype(q.dtype),
+        tuning=_TUNING,
+        interpret=interpret,
+    )
+
+
+# Calls ---------------------------------------------------------------------------------------
+
+
+def _specs(
+    plan: Plan, length: int, steps: int, splits: int, *, whole: bool
+) -> dict[str, pl.BlockSpec]:
+    """Blocks of every kind of array: a chunk of a head, or its whole row and some values.
+
+    `splits` programs of a chunk take as many parts of the key channels.
+    """
+    count, key = length // plan.chunk, plan.key // splits
+
+    def part(c):
+        return 0 if splits == 1 else jax.lax.rem(c, jnp.int32(splits))
+
+    if whole:
+        tokens, width, chunks = length, plan.value_block, count
+        chunk, columns, heads = (lambda c: 0), (lambda c: c), (lambda h: h)
+    else:
+        tokens, width, chunks = plan.chunk, plan.value, None
+
+        def chunk(c):
+            return c if steps == count else jax.lax.div(c, jnp.int32(steps // count))
+
+        def columns(c):
+            return 0
+
+        def heads(h):
+            return h if plan.group == 1 else jax.lax.div(h, jnp.int32(plan.group))
+
+    def by_token(width, heads=lambda h: h, columns=columns):
+        """[B, T, H, .]"""
+        return pl.BlockSpec(
+            (None, tokens, None, width), lambda c, h, b: (b, chunk(c), heads(h), columns(c))
+        )
+
+    def by_head(*shape, columns=lambda c: 0):
+        """[B, H, T, .]"""
+        return pl.BlockSpec((None, None, *shape), lambda c, h, b: (b, h, chunk(c), columns(c)))
+
+    def states(count, after=0):
+        return pl.BlockSpec(
+            (None, None, count, key, width),
+            lambda c, h, b: (b, h, chunk(c) + after, part(c), columns(c)),
+        )
+
+    return {
+        "shared": by_token(key, heads, part),
+        "key": by_token(key, columns=part),
+        "value": by_token(width),
+        "beta": pl.BlockSpec((None, None, tokens), lambda c, h, b: (b, h, chunk(c))),
+        "dbeta": pl.BlockSpec(
+            (None, None, None, tokens), lambda c, h, b: (b, h, part(c), chunk(c))
+        ),
+        "marks": pl.BlockSpec((None, None, 3, plan.chunk), lambda c, h, b: (b, chunk(c), 0, 0)),
+        "keys": by_head(tokens, plan.key),
+        "values": by_head(tokens, width, columns=columns),
+        "pairs": by_head(tokens, plan.chunk),
+        "rows": pl.BlockSpec((None, None, kernels.ROWS, plan.chunk), lambda c, h, b: (b, h, c, 0)),
+        "across": by_head(chunks, plan.key),
+        "state": pl.BlockSpec((None, None, plan.key, width), lambda c, h, b: (b, h, 0, columns(c))),
+        "edges": states(count + 1 if whole else None),
+        "after": states(None, 1),
+        "dstates": states(count if whole else None),
+    }
+
+
+def _call(
+    kernel, plan: Plan, shape, ins, outs, *, steps: int, splits: int = 1, whole: bool = False
+):
+    """Runs a kernel; `ins` and `outs` are (kind of block, array) in the order of its arguments."""
+    batch, length, heads = shape
+    name = kernel.func.__name__
+    num_warps, num_stages = getattr(plan.tuning, name)
+    specs = _specs(plan, length, steps, splits, whole=whole)
+    return pl.pallas_call(
+        kernel,
+        grid=(steps, heads, batch),
+        in_specs=[specs[kind] for kind, _ in ins],
+        out_specs=[specs[kind] for kind, _ in outs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outs],
+        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=plan.interpret,
+        name=f"kda_{name}",
+    )(*(x for _, x in ins))
+
+
+def _made(kind: str, dtype, *shape: int):
+    return kind, jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _inputs(plan: Plan, q, k, v, g, beta):
+    """Tokens in the kernels' layout."""
+    q = q if plan.interpret else on_gpu(q)
+    return [
+        ("shared", widen(q, plan.key)),
+        ("shared", widen(k, plan.key)),
+        ("value", widen(v, plan.value)),
+        ("key", widen(g, plan.key)),
+        ("beta", jnp.swapaxes(beta.astype(jnp.float32), 1, 2)),
+    ]
+
+
+def _prepare(plan: Plan, tokens, marks, *, transposing: bool):
+    """P and what `prepare` makes: the arrays that `advance` and `retreat` take first."""
+    batch, length, heads, value = tokens[2][1].shape
+    dtype, f32, head = plan.dtype, jnp.float32, (batch, heads, length)
+    shape, count, packed = (batch, length, heads), length // plan.chunk, marks is not None
+    keys = [*tokens[:2], *tokens[3:]]
+    reads, overlaps = _call(
+        functools.partial(kernels.score, plan, packed),
+        plan,
+        shape,
+        [*keys, *_marks(marks)],
+        [_made("rows", dtype, *head, plan.chunk), _made("rows", f32, *head, plan.chunk)],
+        steps=length // kernels.ROWS,
+    )
+    if transposing:
+        last = _made("pairs", f32, *head, plan.chunk)
+    else:
+        last = _made("values", dtype, *head, value)
+    outs = [
+        *[_made("keys", dtype, *head, plan.key)] * 3,
+        _made("across", f32, batch, heads, count, plan.key),
+        last,
+    ]
+    made = _call(
+        functools.partial(kernels.prepare, plan, packed, transposing),
+        plan,
+        shape,
+        [*(keys if transposing else tokens), ("pairs", overlaps), *_marks(marks)],
+        outs,
+        steps=count,
+    )
+    return [("pairs", reads), *((kind, x) for (kind, _), x in zip(outs, made, strict=True))]
+
+
+def _marks(marks):
+    return [] if marks is None else [("marks", marks)]
+
+
+def _run_forward(plan: Plan, save: bool, q, k, v, g, beta, initial_state, marks):
+    (batch, length, heads, width), key = v.shape, q.shape[-1]
+    tokens, count = _inputs(plan, q, k, v, g, beta), length // plan.chunk
+    ready = _prepare(plan, tokens, marks, transposing=False)
+    state = (batch, heads, plan.key, plan.value)
+    outs = [
+        _made("value", v.dtype, *tokens[2][1].shape),
+        _made("state", jnp.float32, *state),
+        _made("value", plan.dtype, *tokens[2][1].shape),
+        _made("edges", plan.dtype, *state[:2], count + 1, *state[2:]),
+    ]
+    ins = [*ready, ("state", widen(initial_state, plan.key, plan.value))]
+    steps = plan.value // plan.value_block
+    kernel = functools.partial(kernels.advance, plan, count, save)
+    o, final, *saved = _call(
+        kernel, plan, v.shape[:3], ins, outs if save else outs[:2], steps=steps, whole=True
+    )
+    return (o[..., :width], final[:, :, :key, :width]), saved
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kda(plan: Plan, q, k, v, g, beta, initial_state, marks):
+    return _run_forward(plan, False, q, k, v, g, beta, initial_state, marks)[0]
+
+
+def _kda_forward(plan: Plan, q, k, v, g, beta, initial_state, marks):
+    out, saved = _run_forward(plan, True, q, k, v, g, beta, initial_state, marks)
+    return out, (q, k, v, g, beta, marks, *saved)
+
+
+def _kda_backward(plan: Plan, residuals, cotangents):
+    q, k, v, g, beta, marks, delta, edges = residuals
+    do, dfinal = cotangents
+    (batch, length, heads, width), key = v.shape, q.shape[-1]
+    tokens, count = _inputs(plan, q, k, v, g, beta), length // plan.chunk
+    do = widen(do, plan.value)
+    ready = _prepare(plan, tokens, marks, transposing=True)
+    state = (batch, heads, plan.key, plan.value)
+    outs = [
+        _made("value", plan.dtype, *do.shape),
+        _made("dstates", plan.dtype, *state[:2], count, *state[2:]),
+        _made("state", jnp.float32, *state),
+    ]
+    ins = [*ready, ("value", do), ("state", widen(dfinal, plan.key, plan.value))]
+    kernel = functools.partial(kernels.retreat, plan, count)
+    dr, dstates, dinitial = _call(
+        kernel, plan, v.shape[:3], ins, outs, steps=plan.value // plan.value_block, whole=True
+    )
+    # Value heads of a group add up to their q/k head's gradient, in float32.
+    narrow = [x.dtype if plan.group == 1 else jnp.float32 for x in (q, k)]
+    wide = (batch, length, heads, plan.key)
+    splits = plan.key // plan.key_block
+    outs = [
+        _made("key", narrow[0], *wide),
+        _made("key", narrow[1], *wide),
+        _made("key", g.dtype, *wide),
+        _made("dbeta", jnp.float32, batch, heads, splits, length),
+    ]
+    values = [("value", x) for x in (do, dr, delta)]
+    ins = [*tokens[:2], *tokens[3:], *values]
+    ins += [("edges", edges), ("after", edges), ("dstates", dstates), *_marks(marks)]
+    kernel = functools.partial(kernels.transpose, plan, marks is not None)
+    dq, dk, dg, dbeta = _call(
+        kernel, plan, v.shape[:3], ins, outs, steps=count * splits, splits=splits
+    )
+    dr = dr[..., :width].astype(jnp.float32)
+    dv = (beta.astype(jnp.float32)[..., None] * dr).astype(v.dtype)
+    dbeta = jnp.swapaxes(jnp.sum(dbeta, axis=2), 1, 2) + jnp.sum(
+        v.astype(jnp.float32) * dr, axis=-1
+    )
+    dinitial = dinitial[:, :, :key, :width]
+    dq, dk = group_sum(dq, q), group_sum(dk, k)
+    return dq, dk, dv, dg[..., :key], dbeta.astype(beta.dtype), dinitial, None
+
+
+_kda.defvjp(_kda_forward, _kda_backward)
+
+
+def kda_pallas_gpu(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T Hv V"],
+    g: Float[Array, "B T Hv K"],
+    beta: Float[Array, "B T Hv"],
+    initial_state: Float[Array, "B Hv K V"],
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    scale: float,
+    chunk_size: int,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
+    """Chunkwise KDA on an NVIDIA GPU; both passes are kernels. Arguments as in `kda`.
+
+    q, k and v are float32 or bfloat16, g and the states float32. T must be a multiple of
+    chunk_size, a power of two >= 16, of which more than 64 runs as 64; padding tokens carry
+    k=v=beta=g=0. Under a mesh, call it inside `jaxalope.sharding.kernel_map`, as the layer does.
+    Reverse mode only.
+
+    `interpret` runs the same kernels on any platform, slowly, for tests.
+
+    Raises:
+      InputError: another dtype, or heads wider than 256; when lowered, another platform than CUDA.
+    """
+    check("pallas_gpu", q, k, v, g)
+    static = plan(q, v, scale, chunk_size, interpret)
+    marks = None if segment_ids is None else segment_marks(segment_ids, static.chunk)
+    return _kda(static, q, k, v, g, beta, initial_state, marks)

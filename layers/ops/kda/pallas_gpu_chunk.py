@@ -1,0 +1,160 @@
+"""The arithmetic of 16 rows of a chunk, as the GPU kernels run it: arrays of [16, K] and [16, 16].
+
+The algorithm is that of `xla.py` and so are the letters: rows q (scaled) and b = beta*k, columns k,
+P the reads and L the overlaps of writes. What differs is what suits Triton, whose registers cannot
+be sliced, rolled or joined, and whose smallest matrix product has 16 rows.
+
+So a chunk is taken 16 rows at a time, each its own load, and the logs of decays are products of g
+with a matrix of zeros and ones, in parts that lose nothing: sums of terms of one sign, so that
+nothing cancels and exp only ever sees numbers <= 0, however strong the gate. Pairs of rows in two
+blocks meet at the boundary between them. Pairs in one block meet in the middle of the 2, 4, 8 or 16
+rows that they are the two halves of: for each of these sizes a row has one decay, and one product
+gives all pairs, told apart by r ^ i, whose highest bit is the size. That is four exponentials a
+number of the block instead of one for each of its 16 columns.
+
+The inverse is built from 16 rows upwards and stays in registers. TF32 would keep three of
+float32's seven digits, and repeated keys make the powers of L huge: with 16-bit inputs its products
+are of three TF32 parts, six digits; with float32 inputs full float32, outside the tensor cores.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .pallas import dot
+
+
+class Precision(NamedTuple):
+    """Of float32 products; see `precision`."""
+
+    scores: jax.lax.Precision | None
+    fine: jax.lax.Precision | jax.lax.DotAlgorithmPreset
+
+
+ROWS = 16
+_SIZES = (1, 2, 4, 8)
+
+
+def precision(dtype: jnp.dtype, *, interpret: bool) -> Precision:
+    """What products of a call on q of this dtype may lose."""
+    full = jax.lax.Precision.HIGHEST
+    if dtype == jnp.float32:
+        return Precision(full, full)
+    # Of the presets, other platforms have none.
+    return Precision(None, full if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
+
+
+def places() -> tuple[Int[Array, "16 16"], Int[Array, "16 16"]]:
+    """Row and column of each pair of a block."""
+    shape = (ROWS, ROWS)
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+
+
+def _total(chosen: Array, g: Array) -> Array:
+    """Sums of the chosen rows: zeros and ones are bfloat16, and so are three parts of a float32."""
+    total, rest = 0.0, g
+    for _ in range(3):
+        part = rest.astype(jnp.bfloat16)
+        total = total + dot(chosen, part, "nn", jnp.bfloat16)
+        rest = rest - part.astype(jnp.float32)
+    return total
+
+
+def row_sums(g: Float[Array, "16 K"]) -> Array:
+    """Log of the decay from the block's start to each row, that row included."""
+    r, i = places()
+    return _total(i <= r, g)
+
+
+def column_sums(g: Float[Array, "16 K"]) -> Array:
+    """Log of the decay from after each row to the block's end."""
+    r, i = places()
+    return _total(i > r, g)
+
+
+def across_block(g: Float[Array, "16 K"]) -> Float[Array, "1 K"]:
+    """Log of the decay across the block."""
+    return jnp.sum(g, axis=0, keepdims=True)
+
+
+def sums_to_the_end(x: Float[Array, "16 K"]) -> Array:
+    """Row r becomes the sum of rows r, r + 1, ... of the block."""
+    r, i = places()
+    return _total(i >= r, x)
+
+
+def _level(g: Array, size: int) -> Array:
+    """Decays around the middle of each 2*size rows: of second-half rows from it, else to it."""
+    r, i = places()
+    second = (r & size) > 0
+    from_middle = second & (i <= r) & (i >= (r & -size))
+    to_middle = ~second & (i > r) & (i <= (r | (size - 1)))
+    return jnp.exp(_total(from_middle | to_middle, g))
+
+
+def pairs(number: Float[Array, "16"] | None) -> Int[Array, "16 16"]:
+    """r ^ i where i < r in one segment, else 0."""
+    r, i = places()
+    pair = jnp.where(r > i, r ^ i, 0)
+    return pair if number is None else jnp.where(number[:, None] == number[None, :], pair, 0)
+
+
+def _at(pair: Array, size: int) -> Array:
+    return (pair >= size) & (pair < 2 * size)
+
+
+def scores(q, b, k, g, pair, to: Precision) -> tuple[Array, Array]:
+    """The block on the diagonal of P, and that of L."""
+    r, i = places()
+    reads = jnp.where(r == i, jnp.sum(q * k, axis=1)[:, None], 0.0)
+    overlaps = jnp.zeros_like(reads)
+    for size in _SIZES:
+        at, decay = _at(pair, size), _level(g, size)
+        column = k * decay
+        reads = jnp.where(at, dot(q * decay, column, "nt", precision=to.scores), reads)
+        overlaps = jnp.where(at, dot(b * decay, column, "nt", precision=to.scores), overlaps)
+    return reads, overlaps
+
+
+def scores_transposed(q, b, k, g, pair, dreads, doverlaps, to: Precision):
+    """Gradients of q, b and k (as a column) through such a block, but for P's diagonal."""
+    dq, db, dk = (jnp.zeros_like(x) for x in (q, b, k))
+    for size in _SIZES:
+        at, decay = _at(pair, size), _level(g, size)
+        dread, doverlap = (jnp.where(at, x, 0.0) for x in (dreads, doverlaps))
+        column = k * decay
+        dq = dq + decay * dot(dread, column, "nn", precision=to.scores)
+        db = db + decay * dot(doverlap, column, "nn", precision=to.scores)
+        rows = dot(dread, q * decay, "tn", precision=to.scores)
+        dk = dk + decay * (rows + dot(doverlap, b * decay, "tn", precision=to.scores))
+    return dq, db, dk
+
+
+def inverse(overlaps: Float[Array, "16 16"], pair: Int[Array, "16 16"], to: Precision) -> Array:
+    """(I + L)^-1 of a block on the diagonal."""
+    r, i = places()
+    result = jnp.where(r == i, 1.0, 0.0) - jnp.where(_at(pair, 1), overlaps, 0.0)
+    for size in _SIZES[1:]:
+        corner = jnp.where(_at(pair, size), overlaps, 0.0)
+        corner = dot(result, corner, "nn", precision=to.fine)
+        result = result - dot(corner, result, "nn", precision=to.fine)
+    return result
+
+
+def inverse_row(
+    own: Array, overlaps: list[Array], above: list[list[Array]], to: Precision
+) -> list[Array]:
+    """A block row of (I + L)^-1, left of its diagonal block `own`.
+
+    `overlaps` are the row's blocks of L; above[m] is block row m of the inverse, m + 1 blocks.
+    """
+    row = []
+    for column in range(len(overlaps)):
+        total = None
+        for m in range(column, len(overlaps)):
+            part = dot(overlaps[m], above[m][column], "nn", precision=to.fine)
+            total = part if total is None else total + part
+        row.append(-dot(own, total, "nn", precision=to.fine))
+    return row
