@@ -12,6 +12,7 @@ from jaxalope import InputError
 from jaxalope.layers.ops import optional, tuning
 from jaxalope.layers.ops.grouped_matmul import grouped_matmul, grouped_swiglu
 from jaxalope.layers.ops.kda import kda, l2norm
+from jaxalope.layers.ops.kda.pallas_tpu import kda_pallas_tpu
 from jaxalope.layers.ops.latent_decode import latent_decode
 from jaxalope.layers.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -96,6 +97,22 @@ def test_sizes_change_the_program_and_not_its_results(table):
             fn(*args),
             before[name][1],
         )
+
+
+def test_heads_of_a_grid_step_change_the_grid_and_not_the_results():
+    """Of the TPU kernel, in interpret mode."""
+    arrays = (*kda_inputs(32), jnp.zeros((1, 2, 16, 16)))
+
+    def run(*arrays):
+        return kda_pallas_tpu(*arrays, None, scale=0.25, chunk_size=16, interpret=True)
+
+    found = {}
+    for heads in (1, 2):
+        with tuning.trying("kda", heads=heads):
+            traced = jax.jit(lambda *a: run(*a)).trace(*arrays)
+        assert f"grid=(1, {2 // heads}, 2)" in str(traced.jaxpr)
+        found[heads] = traced.lower().compile()(*arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[1], found[2])
 
 
 def test_an_implementation_is_of_its_own_platform_alone(table):
