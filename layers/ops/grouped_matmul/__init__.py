@@ -24,7 +24,7 @@ from .xla import Ragged
 
 
 def _tokamax_ragged_dot(x, w, group_sizes, **kwargs):
-    # It picks among its own by the device kind of this host, or of the mesh in force.
+    # It picks among its own by the kind of this host's default device.
     return optional.tokamax("grouped_matmul").ragged_dot(x, w, group_sizes, **kwargs)
 
 
