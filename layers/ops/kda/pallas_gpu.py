@@ -18,10 +18,10 @@ through memory because a kernel that makes and inverts it needs more than a thre
 and spills kilobytes (found by compiling for sm_90). Forward for a backward pass adds what is saved:
 states and writes, 2*K*V/C + 2*V bytes.
 
-Large products run in bfloat16 where q does, other scores and their gradients in TF32, the
-inverse in three TF32 parts. With float32 inputs all are float32. Kernels are in
-`pallas_gpu_kernels.py`. K and V are padded to powers of two. No GPU has run or timed this:
-sizes were chosen by what a compiler says of registers (`bench/kda.py --sm=90`).
+Large products run in bfloat16 where q does, other scores and their gradients in TF32, the inverse in
+three TF32 parts; with float32 inputs all products are of three parts. Kernels are in
+`pallas_gpu_kernels.py`. K and V are padded to powers of two. No GPU has run or timed this: sizes
+were chosen by what a compiler says of registers (`bench/kda.py --sm=90`).
 
 Source: Kimi Linear report, section 3.
 """
@@ -41,11 +41,12 @@ from .pallas_gpu_kernels import Plan, Tuning
 on_gpu = only_on("cuda", "pallas_gpu")
 # Longer chunks run as these: a block row of the inverse is unrolled, and lives in registers.
 _MAX_CHUNK = 64
-# Programs that fill an H100 or H200, and widths of a program's share of the state.
-_PROCESSORS = 132
+# Programs that all but fill an H100 or H200, and columns of the state that one may carry.
+_PROGRAMS = 128
 _VALUE_BLOCKS = (64, 32, 16)
+# Key channels of a program that takes gradients, and bytes of the widest row that is prefetched.
 _KEY_BLOCK = 64
-_TUNING = Tuning(score=(4, 1), prepare=(4, 1), advance=(4, 2), retreat=(4, 2), transpose=(8, 1))
+_DEEP_ROW = 256
 
 
 def power_of_two(width: int) -> int:
@@ -56,19 +57,23 @@ def power_of_two(width: int) -> int:
 def plan(q, v, scale: float, chunk: int, interpret: bool) -> Plan:
     """Sizes for these shapes."""
     batch, _, value_heads, width = v.shape
-    value = power_of_two(width)
-    choices = [block for block in _VALUE_BLOCKS if block <= value]
-    full = [x for x in choices if batch * value_heads * (value // x) >= _PROCESSORS]
+    key, value = power_of_two(q.shape[-1]), power_of_two(width)
+    # Two stages of wider rows do not fit into shared memory beside a wide share of the state.
+    wide = key * jnp.dtype(q.dtype).itemsize > _DEEP_ROW
+    choices = [block for block in _VALUE_BLOCKS[wide:] if block <= value]
+    full = [x for x in choices if batch * value_heads * (value // x) >= _PROGRAMS]
+    block = full[0] if full else choices[-1]
+    carry = (8 if block > 32 else 4, 1 if wide else 2)
     return Plan(
         scale=scale,
         chunk=min(chunk, _MAX_CHUNK),
         group=value_heads // q.shape[2],
-        key=power_of_two(q.shape[-1]),
+        key=key,
         value=value,
-        value_block=full[0] if full else choices[-1],
-        key_block=min(_KEY_BLOCK, power_of_two(q.shape[-1])),
+        value_block=block,
+        key_block=min(_KEY_BLOCK, key),
         dtype=jnp.dtype(q.dtype),
-        tuning=_TUNING,
+        tuning=Tuning((4, 1), (4, 1), advance=carry, retreat=carry, transpose=(8, 1)),
         interpret=interpret,
     )
 

@@ -13,8 +13,9 @@ gives all pairs, told apart by r ^ i, whose highest bit is the size. That is fou
 number of the block instead of one for each of its 16 columns.
 
 The inverse is built from 16 rows upwards and stays in registers. TF32 would keep three of
-float32's seven digits, and repeated keys make the powers of L huge: with 16-bit inputs its products
-are of three TF32 parts, six digits; with float32 inputs full float32, outside the tensor cores.
+float32's seven digits, and repeated keys make the powers of L huge: its products are of three TF32
+parts, six digits. So are all products of float32 inputs: full float32 runs outside the tensor cores
+and spills ten kilobytes a thread where this spills half of one.
 """
 
 from typing import NamedTuple
@@ -39,11 +40,10 @@ _SIZES = (1, 2, 4, 8)
 
 def precision(dtype: jnp.dtype, *, interpret: bool) -> Precision:
     """What products of a call on q of this dtype may lose."""
-    full = jax.lax.Precision.HIGHEST
-    if dtype == jnp.float32:
-        return Precision(full, full)
     # Of the presets, other platforms have none.
-    return Precision(None, full if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
+    full, parts = jax.lax.Precision.HIGHEST, jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    fine = full if interpret else parts
+    return Precision(fine if dtype == jnp.float32 else None, fine)
 
 
 def places() -> tuple[Int[Array, "16 16"], Int[Array, "16 16"]]:

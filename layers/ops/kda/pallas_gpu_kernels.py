@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
 
 def _large(plan: Plan, x, y, how: str):
-    return dot(x, y, how, plan.dtype)
+    return dot(x, y, how, plan.dtype, plan.to.scores)
 
 
 class _Rows(NamedTuple):
