@@ -1,17 +1,9 @@
-"""What operators take from packages that need not be installed, and kernels for one platform."""
+"""What operators take from packages that need not be installed."""
 
 from __future__ import annotations
 
-import functools
 import importlib
-import warnings
-from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
-
-import jax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from ...errors import InputError
 
@@ -30,57 +22,3 @@ def tokamax(operator: str, module: str = "tokamax") -> ModuleType:
             "pip install jaxalope[kernels], on Python 3.12 with jax 0.11 or newer; or leave "
             "implementation None"
         ) from error
-
-
-def by_platform(choices: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """One function that runs the choice for the platform that it is lowered for.
-
-    Args:
-        choices: functions by platform, one of them ``"default"``, of the same arrays and static
-            keywords. One that raises an InputError when it is traced, as it cannot take these
-            arrays, gives way to the default, with a warning.
-    """
-    if len(choices) == 1:
-        return choices["default"]
-
-    def run(*arrays, **static):
-        default = functools.partial(choices["default"], **static)
-
-        def or_default(fn):
-            def one(*arrays):
-                try:
-                    return fn(*arrays, **static)
-                except InputError as error:
-                    warnings.warn(f"the default is used instead: {error}", stacklevel=2)
-                    return default(*arrays)
-
-            return one
-
-        others = {name: or_default(fn) for name, fn in choices.items() if name != "default"}
-        return jax.lax.platform_dependent(*arrays, default=default, **others)
-
-    return run
-
-
-@functools.cache
-def only_on(platform: str, operator: str, implementation: str) -> Callable[[jax.Array], jax.Array]:
-    """An identity that raises InputError when it is lowered for another platform.
-
-    Which platform a program is for is known only then.
-    """
-    primitive = Primitive(f"{operator}_{implementation}_platform")
-    primitive.def_impl(lambda x: jax.jit(primitive.bind)(x))
-    primitive.def_abstract_eval(lambda x: x)
-    ad.deflinear2(primitive, lambda cotangent, x: [cotangent])
-    batching.primitive_batchers[primitive] = lambda xs, dims: (primitive.bind(*xs), dims[0])
-
-    def elsewhere(ctx, x):
-        platforms = ", ".join(ctx.module_context.platforms)
-        raise InputError(
-            f"{operator}: implementation={implementation!r} is being lowered for {platforms}: "
-            'use implementation="xla", or None for the best one where the code is lowered'
-        )
-
-    mlir.register_lowering(primitive, elsewhere)
-    mlir.register_lowering(primitive, lambda ctx, x: [x], platform=platform)
-    return primitive.bind

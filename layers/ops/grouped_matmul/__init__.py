@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
 from .. import optional, tuning
+from ..platform import by_platform
 from . import blocked
 from .reference import grouped_matmul_reference, grouped_swiglu_reference
 from .shapes import shape_class
@@ -112,7 +113,7 @@ def _dispatch(implementation: str | None, function: str, *args: jax.Array) -> An
     weight = args[1].shape
     tuned = tuning.chosen_implementation("grouped_matmul", shape_class(weight[0], weight))
     names = {"default": "xla", "cpu": "blocked"} | tuned
-    return optional.by_platform({p: getattr(_FORMS[n], function) for p, n in names.items()})(*args)
+    return by_platform({p: getattr(_FORMS[n], function) for p, n in names.items()})(*args)
 
 
 # The choice of a platform is made inside the forward and inside the backward rule: both forms keep

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
 from ...segments import is_token
-from .. import optional, tuning
+from .. import tuning
+from ..platform import by_platform
 from .gates import bounded_gate, l2norm, softplus_gate
 from .pallas_gpu import kda_pallas_gpu
 from .pallas_tpu import kda_pallas_tpu
@@ -141,7 +142,7 @@ def _select(implementation: str | None, shapes: str, gate_lower_bound: float | N
     if implementation is not None:
         return pick(implementation)
     names = _BY_PLATFORM | tuning.chosen_implementation("kda", shapes)
-    return optional.by_platform({platform: pick(name) for platform, name in names.items()})
+    return by_platform({platform: pick(name) for platform, name in names.items()})
 
 
 def _check(q, k, v, g, beta, initial_state, segment_ids, chunk_size, implementation):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
 from ...segments import segment_index
+from .. import platform
+from ..platform import REMEDY
 
-REMEDY = 'use implementation="xla", or None for the best one where the code is lowered'
+only_on = functools.partial(platform.only_on, operator="kda")
 # Widest head that is compiled for in tests; the state of a head has to stay on the chip.
 MAX_WIDTH = 256
 _CONTRACT = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
@@ -34,27 +34,6 @@ def dot(
         precision=precision if dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-
-
-def only_on(platform: str, implementation: str) -> Callable[[Array], Array]:
-    """An identity that raises InputError when it is lowered for another platform.
-
-    Which platform a program is for is known only then.
-    """
-    primitive = Primitive(f"kda_{implementation}_platform")
-    primitive.def_impl(lambda x: jax.jit(primitive.bind)(x))
-    primitive.def_abstract_eval(lambda x: x)
-    batching.primitive_batchers[primitive] = lambda xs, dims: (primitive.bind(*xs), dims[0])
-
-    def elsewhere(ctx, x):
-        platforms = ", ".join(ctx.module_context.platforms)
-        raise InputError(
-            f'implementation="{implementation}" is being lowered for {platforms}: {REMEDY}'
-        )
-
-    mlir.register_lowering(primitive, elsewhere)
-    mlir.register_lowering(primitive, lambda ctx, x: [x], platform=platform)
-    return primitive.bind
 
 
 def check(implementation: str, q: Array, k: Array, v: Array, g: Array) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
 from .. import optional
+from ..platform import only_on
 
 _CHUNK = 64
 _REMEDY = 'use implementation="pallas_tpu" or "xla", or None'
@@ -64,7 +65,7 @@ def kda_tokamax(
         )
     run = optional.tokamax("kda", "tokamax.ops.tpu").KimiDeltaAttention(bypass_device_check=True)
     if not interpret:
-        q = optional.only_on("tpu", "kda", "tokamax")(q)
+        q = only_on("tpu", "tokamax", "kda")(q)
     length = q.shape[1]
 
     def heads_first(x):

@@ -16,7 +16,8 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
-from .. import optional, tuning
+from .. import tuning
+from ..platform import by_platform
 from .pallas_gpu import latent_decode_pallas_gpu
 from .pallas_tpu import latent_decode_pallas_tpu
 from .reference import latent_decode_reference
@@ -76,7 +77,7 @@ def latent_decode(
     if implementation is None:
         tuned = tuning.chosen_implementation("latent_decode", shape_class(q.shape[-1], value_dim))
         names = {"default": _DEFAULT} | tuned
-        run = optional.by_platform({p: _IMPLEMENTATIONS[name] for p, name in names.items()})
+        run = by_platform({p: _IMPLEMENTATIONS[name] for p, name in names.items()})
     else:
         run = _IMPLEMENTATIONS[implementation]
     run = functools.partial(run, value_dim=value_dim, scale=scale)

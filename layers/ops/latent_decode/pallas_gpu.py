@@ -22,15 +22,15 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
+from ..platform import REMEDY, only_on
 from .partial import HIDDEN, combine, part
-from .platform import REMEDY, only_on
 
 try:
     from jax.experimental.pallas import triton as plgpu
 except ImportError:  # JAX 0.12 announces that the Triton lowering will go.
     plgpu = None
 
-_on_gpu = only_on("cuda", "pallas_gpu")
+_on_gpu = only_on("cuda", "pallas_gpu", "latent_decode")
 # Smallest side of a tensor core's product, and the most queries whose values registers hold.
 _MIN_SIDE, _MAX_ROWS = 16, 64
 # Widest values: [64, V] float32 are a multiprocessor's registers.

@@ -23,10 +23,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
+from ..platform import REMEDY, only_on
 from .partial import HIDDEN, combine, part
-from .platform import REMEDY, only_on
 
-_on_tpu = only_on("tpu", "pallas_tpu")
+_on_tpu = only_on("tpu", "pallas_tpu", "latent_decode")
 _LANES = 128
 # Rows of a tile of 16-bit numbers.
 _TILE = 16

@@ -223,7 +223,7 @@ def test_what_the_kernels_do_not_take_is_named(kernel):
 def test_another_platform_is_named_when_lowering(kernel):
     arrays = draw(1, 1, 3, 9, 6, last=(8,))
     for call in (run, jax.jit(run, static_argnums=(3, 4))):
-        with pytest.raises(InputError, match=f"'{kernel}' is being lowered for cpu: use impl"):
+        with pytest.raises(InputError, match=f'"{kernel}" is being lowered for cpu: use impl'):
             call(*arrays, 4, kernel)
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jaxalope import InputError
-from jaxalope.layers.ops import optional, tuning
+from jaxalope.layers.ops import tuning
 from jaxalope.layers.ops.grouped_matmul import grouped_matmul, grouped_swiglu
 from jaxalope.layers.ops.kda import kda, l2norm
 from jaxalope.layers.ops.kda.pallas_tpu import kda_pallas_tpu
 from jaxalope.layers.ops.latent_decode import latent_decode
 from jaxalope.layers.ops.linear_cross_entropy import linear_cross_entropy
+from jaxalope.layers.ops.platform import only_on
 
 
 def kda_inputs(length=64, dtype=jnp.float32):
@@ -190,9 +191,9 @@ def test_a_bad_table_is_named(table, entries, message):
 
 
 def test_a_named_kernel_on_another_platform_is_an_error():
-    guard = optional.only_on("tpu", "op", "kernel")
+    guard = only_on("tpu", "kernel", "op")
     x = jnp.arange(3.0)
-    with pytest.raises(InputError, match="op: implementation='kernel' is being lowered for cpu"):
+    with pytest.raises(InputError, match='op: implementation="kernel" is being lowered for cpu'):
         jax.jit(jax.grad(lambda x: jnp.sum(jax.vmap(guard)(x) ** 2)))(x)
     lowered = jax.jit(lambda x: guard(x) * 2).trace(x).lower(lowering_platforms=("tpu",))
     assert "multiply" in lowered.as_text()
