@@ -59,10 +59,9 @@ def only_on(platform: str, implementation: str, operator: str) -> Callable[[jax.
     batching.primitive_batchers[primitive] = lambda xs, dims: (primitive.bind(*xs), dims[0])
 
     def elsewhere(ctx, x):
+        named = f'{operator}: implementation="{implementation}"'
         platforms = ", ".join(ctx.module_context.platforms)
-        raise InputError(
-            f'{operator}: implementation="{implementation}" is being lowered for {platforms}: {REMEDY}'
-        )
+        raise InputError(f"{named} is being lowered for {platforms}: {REMEDY}")
 
     mlir.register_lowering(primitive, elsewhere)
     mlir.register_lowering(primitive, lambda ctx, x: [x], platform=platform)
