@@ -18,8 +18,8 @@ through memory because a kernel that makes and inverts it needs more than a thre
 and spills kilobytes (found by compiling for sm_90). Forward for a backward pass adds what is saved:
 states and writes, 2*K*V/C + 2*V bytes.
 
-Large products run in bfloat16 where q does, other scores and their gradients in TF32, the inverse in
-three TF32 parts; with float32 inputs all products are of three parts. Kernels are in
+Large products run in bfloat16 where q does, other scores and their gradients in TF32, the inverse
+in three TF32 parts; with float32 inputs all products are of three parts. Kernels are in
 `pallas_gpu_kernels.py`. K and V are padded to powers of two. No GPU has run or timed this: sizes
 were chosen by what a compiler says of registers (`bench/kda.py --sm=90`).
 
