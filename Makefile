@@ -10,7 +10,7 @@ BIN      = $(VENV)/bin
 NEWEST ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3 python3.13 python3.14; \
 	do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test parity test-newest lint bench clean
+.PHONY: demo test parity test-newest lint bench bench-gpu clean
 
 demo: $(VENV)/.base
 	$(BIN)/python -m jaxalope.train --config=demo --workdir=runs/demo
@@ -42,6 +42,24 @@ bench: $(VENV)/.parity
 	$(BIN)/python bench/autodeco.py --task=step
 	$(BIN)/python bench/power.py --chains=1 --chains=16 --turns=2
 	$(BIN)/python bench/vs_transformers.py
+	$(BIN)/python bench/cross_entropy.py
+	$(BIN)/python bench/latent_decode.py
+	$(BIN)/python bench/hybrid_decode.py
+	$(BIN)/python bench/calm.py --task=generation
+
+# What only a CUDA machine can say, recorded; with fla-core and torch for CUDA also against fla.
+ROWS = bench/results
+bench-gpu: $(VENV)/.cuda
+	$(BIN)/python bench/kda.py --gpu --dtype=bfloat16 --lengths=2048,8192,32768,65536 --output=$(ROWS)/kda_gpu.jsonl
+	$(BIN)/python bench/latent_decode.py --shape=kimi_48b --dtype=bfloat16 --batches=1,8,64 \
+	  --contexts=4096,32768,262144,1048576 --implementations=xla,pallas_gpu --output=$(ROWS)/latent_decode.jsonl
+	$(BIN)/python bench/hybrid_decode.py --model=kimi_linear_48b --layers=4 --memory_gib=60 \
+	  --contexts=4096,32768,131072,524288,1048576 --output=$(ROWS)/hybrid_decode.jsonl
+	$(BIN)/python bench/train_step.py --config=kimi_linear_653m --set data.batch_size=8 --set optimizer=muon \
+	  --side=kda_implementation=xla --side=kda_implementation=pallas_gpu --output=$(ROWS)/train_step.jsonl
+	$(BIN)/python bench/policy_chain.py --batches=64 --output=$(ROWS)/policy_chain.jsonl
+	$(BIN)/python bench/denoise.py --output=$(ROWS)/denoise.jsonl
+	$(BIN)/python bench/calm.py --task=generation --output=$(ROWS)/calm_generation.jsonl
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -60,6 +78,9 @@ $(VENV)/.base: pyproject.toml | $(VENV)/bin/python
 	touch $@
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+$(VENV)/.cuda: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e '.[cuda]'
 	touch $@
 $(VENV)/.parity: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e '.[parity]'
