@@ -85,8 +85,12 @@ def of_kda() -> Problem:
     sizes = [{"chunk_size": c} for c in (16, 32, 64, 128)]
     tried = [*sizes]
     for name in kernels(kda._IMPLEMENTATIONS):
-        heads = [{"heads": h} for h in (1, 2, 4)] if name == "pallas_tpu" else [{}]
-        tried += [{"implementation": name} | c | h for c, h in itertools.product(sizes, heads)]
+        more = [{"heads": h} for h in (1, 2, 4)]
+        if name == "pallas_gpu":
+            blocks = ((64, 64), (32, 64), (16, 64), (32, 32), (32, 128))
+            more = [{"value_block": v, "key_block": k} for v, k in blocks]
+            more += [{"carry_warps": w} for w in (4, 8)] + [{"transpose_warps": w} for w in (4, 16)]
+        tried += [{"implementation": name} | c | m for c, m in itertools.product(sizes, more)]
     return Problem(
         kda_shapes.shape_class(s.key_dim, s.value_dim),
         lambda *a: kda.kda(*a)[0],

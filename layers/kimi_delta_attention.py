@@ -64,7 +64,7 @@ class KimiDeltaAttention(nnx.Module):
         gate_lower_bound: float | None = None,
         epsilon: float = 1e-5,
         stddev: float = 0.02,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         implementation: str | None = None,
     ):
         values = num_value_heads or num_heads

@@ -65,7 +65,8 @@ class KimiLinearConfig:
         dtype: of activations and products; parameters are float32.
         scan_layers: run the repeated group of blocks by one scan.
         remat: what the backward pass keeps, a name of ``REMAT_POLICIES``.
-        kda_chunk_size: tokens a chunk of the KDA operator.
+        kda_chunk_size: tokens a chunk of the KDA operator; None is what is best on the device, as
+            far as that was measured, else 64.
         kda_implementation, attention_implementation: None picks by platform.
         decode_implementation: how a few new tokens read the cache of MLA, a name of
             :func:`~jaxalope.layers.ops.latent_decode.latent_decode`; None picks by platform.
@@ -104,7 +105,7 @@ class KimiLinearConfig:
     dtype: str = "float32"
     scan_layers: bool = True
     remat: str = "none"
-    kda_chunk_size: int = 64
+    kda_chunk_size: int | None = None
     kda_implementation: str | None = None
     attention_implementation: str | None = None
     decode_implementation: str | None = None
@@ -339,7 +340,7 @@ class KimiLinearConfig:
         """
         matrices = self.num_params(active=True, embedding=False)
         heads = self.kda_num_value_heads or self.kda_num_heads
-        width, chunk = self.kda_head_dim, self.kda_chunk_size
+        width, chunk = self.kda_head_dim, self.kda_chunk_size or 64
         kda = heads * (6 * width * width + 10 * chunk * width + chunk * chunk)
         qkv = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
         mla = self.num_attention_heads * qkv * sequence_length  # 2 FLOPs * length / 2

@@ -26,7 +26,16 @@ PATH = pathlib.Path(__file__).with_name("tuning.json")
 # What can be chosen, by operator: the type of each choice.
 CHOICES: dict[str, dict[str, type]] = {
     "grouped_matmul": {"implementation": str, "block": int},
-    "kda": {"implementation": str, "chunk_size": int, "heads": int},
+    "kda": {
+        "implementation": str,
+        "chunk_size": int,
+        "heads": int,  # a grid step, on TPU
+        # On GPU: columns of the state and key channels a program, warps where each is cut up.
+        "value_block": int,
+        "key_block": int,
+        "carry_warps": int,
+        "transpose_warps": int,
+    },
     "latent_decode": {"implementation": str},
     "linear_cross_entropy": {"chunk_size": int},
 }

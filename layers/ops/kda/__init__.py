@@ -88,8 +88,8 @@ def kda(
       gate_lower_bound: what no g is below, as the caller knows; None is unbounded. Only "tokamax"
         asks for it, for -5 or more.
       implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu" (float32 or bfloat16, heads
-        up to 256 wide, lowered for TPU or for CUDA), or None for the best one where the code is
-        lowered.
+        up to 256 wide, lowered for TPU or for CUDA), "tokamax" (where it is installed, for TPU;
+        bounded gate, no segments), or None for the best one where the code is lowered.
 
     Returns:
       o in v's dtype, and the float32 state after each row's last token.

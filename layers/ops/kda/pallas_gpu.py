@@ -34,9 +34,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
+from .. import tuning
 from . import pallas_gpu_kernels as kernels
 from .pallas import check, group_sum, only_on, segment_marks, widen
 from .pallas_gpu_kernels import Plan, Tuning
+from .shapes import shape_class
 
 on_gpu = only_on("cuda", "pallas_gpu")
 # Longer chunks run as these: a block row of the inverse is unrolled, and lives in registers.
@@ -63,7 +65,10 @@ def plan(q, v, scale: float, chunk: int, interpret: bool) -> Plan:
     choices = [block for block in _VALUE_BLOCKS[wide:] if block <= value]
     full = [x for x in choices if batch * value_heads * (value // x) >= _PROGRAMS]
     block = full[0] if full else choices[-1]
-    carry = (8 if block > 32 else 4, 1 if wide else 2)
+    tuned = tuning.chosen("kda", shape_class(q.shape[-1], width))
+    block = min(tuned.get("value_block", block), value)
+    carry = (tuned.get("carry_warps", 8 if block > 32 else 4), 1 if wide else 2)
+    transpose = (tuned.get("transpose_warps", 8), 1)
     return Plan(
         scale=scale,
         chunk=min(chunk, _MAX_CHUNK),
@@ -71,9 +76,9 @@ def plan(q, v, scale: float, chunk: int, interpret: bool) -> Plan:
         key=key,
         value=value,
         value_block=block,
-        key_block=min(_KEY_BLOCK, key),
+        key_block=min(tuned.get("key_block", _KEY_BLOCK), key),
         dtype=jnp.dtype(q.dtype),
-        tuning=Tuning((4, 1), (4, 1), advance=carry, retreat=carry, transpose=(8, 1)),
+        tuning=Tuning((4, 1), (4, 1), advance=carry, retreat=carry, transpose=transpose),
         interpret=interpret,
     )
 

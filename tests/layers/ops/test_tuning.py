@@ -11,17 +11,18 @@ import pytest
 from jaxalope import InputError
 from jaxalope.layers.ops import tuning
 from jaxalope.layers.ops.grouped_matmul import grouped_matmul, grouped_swiglu
-from jaxalope.layers.ops.kda import kda, l2norm
+from jaxalope.layers.ops.kda import kda, l2norm, pallas_gpu
+from jaxalope.layers.ops.kda.pallas_gpu import kda_pallas_gpu
 from jaxalope.layers.ops.kda.pallas_tpu import kda_pallas_tpu
 from jaxalope.layers.ops.latent_decode import latent_decode
 from jaxalope.layers.ops.linear_cross_entropy import linear_cross_entropy
 from jaxalope.layers.ops.platform import only_on
 
 
-def kda_inputs(length=64, dtype=jnp.float32):
+def kda_inputs(length=64, dtype=jnp.float32, width=16):
     keys = jax.random.split(jax.random.key(0), 5)
-    q, k, v = (jax.random.normal(key, (1, length, 2, 16)) for key in keys[:3])
-    g = -jax.random.uniform(keys[3], (1, length, 2, 16))
+    q, k, v = (jax.random.normal(key, (1, length, 2, width)) for key in keys[:3])
+    g = -jax.random.uniform(keys[3], (1, length, 2, width))
     beta = jax.random.uniform(keys[4], (1, length, 2))
     return l2norm(q).astype(dtype), l2norm(k).astype(dtype), v.astype(dtype), g, beta
 
@@ -114,6 +115,26 @@ def test_heads_of_a_grid_step_change_the_grid_and_not_the_results():
         assert f"grid=(1, {2 // heads}, 2)" in str(traced.jaxpr)
         found[heads] = traced.lower().compile()(*arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[1], found[2])
+
+
+def test_sizes_of_the_gpu_kernels_change_programs_and_not_results():
+    """In interpret mode, loss and gradients."""
+    arrays = (*kda_inputs(32, width=32), jnp.zeros((1, 2, 32, 32)))
+
+    def loss(*arrays):
+        o, state = kda_pallas_gpu(*arrays, None, scale=0.25, chunk_size=16, interpret=True)
+        return jnp.sum(o**2) + jnp.sum(state)
+
+    chosen = {"value_block": 32, "key_block": 16, "carry_warps": 8, "transpose_warps": 4}
+    plans, found = [], []
+    for sizes in ({}, chosen):
+        with tuning.trying("kda", **sizes):
+            plans.append(pallas_gpu.plan(arrays[0], arrays[2], 0.25, 16, interpret=True))
+            found.append(jax.jit(jax.grad(lambda *a: loss(*a), range(6)))(*arrays))
+    blocks = [(plan.value_block, plan.key_block) for plan in plans]
+    assert blocks == [(16, 32), (32, 16)]
+    assert (plans[1].tuning.retreat[0], plans[1].tuning.transpose[0]) == (8, 4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
 
 
 def test_an_implementation_is_of_its_own_platform_alone(table):
