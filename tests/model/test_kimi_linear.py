@@ -18,6 +18,8 @@ from jaxalope.model.kimi_linear_weights import config_from_published, config_to_
 from jaxalope.model.published import published_tensors
 from jaxalope.sharding import AxisRules, MeshConfig, abstract, init_params, make_mesh, use_mesh
 
+pytestmark = pytest.mark.long
+
 TINY = KimiLinearConfig.tiny()
 
 

@@ -20,6 +20,8 @@ from kda_cases import (
 
 from jaxalope.sharding import AxisRules, kernel_map, use_rules
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(params=["xla", "pallas_tpu", "pallas_gpu"])
 def implementation(request, monkeypatch):
