@@ -41,7 +41,6 @@ import jax
 import jax.numpy as jnp
 import report
 from absl import app, flags
-from jax.experimental import topologies
 
 import jaxalope.layers.ops.kda as kda_module
 from jaxalope.layers.ops.kda import (
@@ -54,6 +53,7 @@ from jaxalope.layers.ops.kda import (
 )
 from jaxalope.layers.ops.kda import step as step_module
 from jaxalope.layers.ops.kda.shapes import SHAPES, KdaShape
+from jaxalope.sharding import absent_devices
 
 _SHAPE = flags.DEFINE_enum("shape", "kimi_8m", sorted(SHAPES), "Heads and widths.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Rows.", lower_bound=1)
@@ -115,18 +115,10 @@ def programs(implementation: str, segment_ids=None):
 
 _AUTO = jax.sharding.AxisType.Auto
 
-# What the compiler reserves of on-chip memory (space 1 is VMEM) for each kernel.
-_VMEM = re.compile(
-    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
-)
-
 
 def compile_ahead(facts):
     """Compiles for `--topology`, and prints and writes what the compiler says."""
-    # Several processes may compile at once: none of them holds a TPU.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    device = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY.value).devices[0]
+    device = absent_devices(_TOPOLOGY.value)[0]
     place = jax.sharding.SingleDeviceSharding(device)
     rows, lines = [], []
     for length in map(int, _LENGTHS.value):
@@ -139,13 +131,12 @@ def compile_ahead(facts):
             with jax.set_mesh(jax.make_mesh((1,), ("device",), (_AUTO,), devices=[device])):
                 compiled = jax.jit(program).lower(*arrays).compile()
             cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-            kernels = [x for x in compiled.as_text().splitlines() if '"tpu_custom_call"' in x]
             row = {
                 "pass": name,
                 "form": _FORM.value,
                 "length": length,
                 "target": device.device_kind,
-                "vmem_bytes": [int(m[1]) for m in map(_VMEM.search, kernels) if m],
+                "vmem_bytes": report.vmem_bytes(compiled),
                 "flops": cost["flops"],
                 "bytes_accessed": cost["bytes accessed"],
                 "temporary_bytes": memory.temp_size_in_bytes,

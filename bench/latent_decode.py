@@ -18,7 +18,6 @@ sheet's bandwidth, below which no implementation can go.
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +52,6 @@ BANDWIDTH = {
     "NVIDIA H200": 4800e9,
     "NVIDIA B200": 8000e9,
 }
-# What the compiler reserves of on-chip memory (space 1 is VMEM) for each kernel.
-_VMEM = re.compile(
-    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
-)
 
 
 def bandwidth(device: jax.Device) -> float | None:
@@ -148,14 +143,13 @@ def compile_ahead(facts):
             program = jax.jit(functools.partial(read, form))
             compiled = program.lower(*shapes(batch, context, place)).compile()
             cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-            kernels = [x for x in compiled.as_text().splitlines() if '"tpu_custom_call"' in x]
             row = {
                 "form": form,
                 "batch": batch,
                 "context": context,
                 "cache_bytes": size,
                 "target": device.device_kind,
-                "vmem_bytes": [int(m[1]) for m in map(_VMEM.search, kernels) if m],
+                "vmem_bytes": report.vmem_bytes(compiled),
                 "flops": cost["flops"],
                 "bytes_accessed": cost["bytes accessed"],
                 "temporary_bytes": memory.temp_size_in_bytes,

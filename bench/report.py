@@ -8,12 +8,18 @@ import json
 import os
 import pathlib
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
+
+# What a TPU's compiler reserves of on-chip memory (space 1 is VMEM) for each kernel.
+_VMEM = re.compile(
+    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
+)
 
 
 def facts(**more) -> dict:
@@ -59,6 +65,12 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def vmem_bytes(compiled) -> list[int]:
+    """Bytes of VMEM that each Pallas kernel of a program compiled for TPU takes."""
+    kernels = [line for line in compiled.as_text().splitlines() if '"tpu_custom_call"' in line]
+    return [int(found[1]) for found in map(_VMEM.search, kernels) if found]
 
 
 def write_rows(path: str | None, rows: Iterable[Mapping]) -> None:

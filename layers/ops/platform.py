@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -66,3 +67,13 @@ def only_on(platform: str, implementation: str, operator: str) -> Callable[[jax.
     mlir.register_lowering(primitive, elsewhere)
     mlir.register_lowering(primitive, lambda ctx, x: [x], platform=platform)
     return primitive.bind
+
+
+def check_floats(implementation: str, **arrays: jax.Array) -> None:
+    """Raises InputError for an array, by its name, that is neither float32 nor bfloat16."""
+    for name, x in arrays.items():
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            raise InputError(
+                f'{name} has dtype {x.dtype}; implementation="{implementation}" takes float32 and '
+                f"bfloat16: cast it, or {REMEDY}"
+            )

@@ -50,7 +50,7 @@ _IMPLEMENTATIONS = {
     "tokamax": _ungrouped(kda_tokamax),
 }
 # What `implementation=None` runs, by the platform that the code is lowered for, where the table of
-# `..tuning` has nothing. The TPU kernels are not here yet: no TPU has timed them.
+# `..tuning` has nothing. No kernel is here yet: no TPU and no GPU has timed one.
 _BY_PLATFORM = {"default": "xla"}
 # Implementations that have a kernel for one token.
 _STEP_KERNELS = ("pallas_gpu",)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from ....errors import InputError
 from ...segments import segment_index
 from .. import platform
-from ..platform import REMEDY
+from ..platform import REMEDY, check_floats
 
 only_on = functools.partial(platform.only_on, operator="kda")
 # Widest head that is compiled for in tests; the state of a head has to stay on the chip.
@@ -38,12 +38,7 @@ def dot(
 
 def check(implementation: str, q: Array, k: Array, v: Array, g: Array) -> None:
     """Raises InputError for a dtype or a width that no kernel takes."""
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            raise InputError(
-                f'{name} has dtype {x.dtype}; implementation="{implementation}" takes float32 and '
-                f"bfloat16: cast it, or {REMEDY}"
-            )
+    check_floats(implementation, q=q, k=k, v=v)
     if g.dtype != jnp.float32:
         raise InputError(
             f'g has dtype {g.dtype}; implementation="{implementation}" takes float32: {REMEDY}'

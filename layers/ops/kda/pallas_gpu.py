@@ -31,10 +31,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
 from .. import tuning
+from ..optional import check_triton
+from ..optional import triton as pltriton
 from . import pallas_gpu_kernels as kernels
 from .pallas import check, group_sum, only_on, segment_marks, widen
 from .pallas_gpu_kernels import Plan, Tuning
@@ -327,6 +328,7 @@ def kda_pallas_gpu(
     Raises:
       InputError: another dtype, or heads wider than 256; when lowered, another platform than CUDA.
     """
+    check_triton("pallas_gpu")
     check("pallas_gpu", q, k, v, g)
     static = plan(q, v, scale, chunk_size, interpret)
     marks = None if segment_ids is None else segment_marks(segment_ids, static.chunk)

@@ -13,9 +13,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
+from ..optional import check_triton
+from ..optional import triton as pltriton
 from . import pallas_gpu
 from .pallas import check, widen
 
@@ -53,6 +54,7 @@ def kda_step_pallas_gpu(
       InputError: q, k or v neither float32 nor bfloat16, or heads wider than 256; when lowered,
         another platform than CUDA.
     """
+    check_triton("pallas_gpu")
     check("pallas_gpu", q, k, v, g)
     (batch, heads, width), key_width = v.shape, q.shape[-1]
     key, value = (pallas_gpu.power_of_two(x) for x in (key_width, width))

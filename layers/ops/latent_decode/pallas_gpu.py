@@ -22,13 +22,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
-from ..platform import REMEDY, only_on
+from ..optional import check_triton
+from ..optional import triton as plgpu
+from ..platform import REMEDY, check_floats, only_on
 from .partial import HIDDEN, combine, part
-
-try:
-    from jax.experimental.pallas import triton as plgpu
-except ImportError:  # JAX 0.12 announces that the Triton lowering will go.
-    plgpu = None
 
 _on_gpu = only_on("cuda", "pallas_gpu", "latent_decode")
 # Smallest side of a tensor core's product, and the most queries whose values registers hold.
@@ -140,17 +137,8 @@ def latent_decode_pallas_gpu(
     Raises:
       InputError: another dtype, or more than 512 values; when lowered, another platform than CUDA.
     """
-    if plgpu is None:
-        raise InputError(
-            f'implementation="pallas_gpu" needs the Triton lowering of Pallas, which jax '
-            f"{jax.__version__} does not have: {REMEDY}"
-        )
-    for name, x in {"q": q, "latent": latent}.items():
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            raise InputError(
-                f'{name} has dtype {x.dtype}; implementation="pallas_gpu" takes float32 and '
-                f"bfloat16: cast it, or {REMEDY}"
-            )
+    check_triton("pallas_gpu")
+    check_floats("pallas_gpu", q=q, latent=latent)
     if max(_power(value_dim), _power(latent.shape[2] - value_dim)) > _MAX_WIDTH:
         raise InputError(
             f"latent {latent.shape} with value_dim={value_dim} has more than {_MAX_WIDTH} columns "

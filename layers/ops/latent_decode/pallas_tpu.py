@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
-from ..platform import REMEDY, only_on
+from ..platform import REMEDY, check_floats, only_on
 from .partial import HIDDEN, combine, part
 
 _on_tpu = only_on("tpu", "pallas_tpu", "latent_decode")
@@ -165,12 +165,7 @@ def latent_decode_pallas_tpu(
       InputError: another dtype, or more than 1024 queries a row (T times N); when lowered, another
         platform than TPU.
     """
-    for name, x in {"q": q, "latent": latent}.items():
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            raise InputError(
-                f'{name} has dtype {x.dtype}; implementation="pallas_tpu" takes float32 and '
-                f"bfloat16: cast it, or {REMEDY}"
-            )
+    check_floats("pallas_tpu", q=q, latent=latent)
     batch, length, heads, width = q.shape
     capacity, rows = latent.shape[1], length * heads
     if rows > _MAX_ROWS:

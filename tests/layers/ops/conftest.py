@@ -1,6 +1,18 @@
-"""Puts this folder on the path, so that tests of one operator share what they run it by."""
+"""What tests of operators share; this folder is on the path, for the cases of one operator."""
 
 import pathlib
 import sys
 
+import jax
+import pytest
+
+from jaxalope.sharding import absent_devices
+
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+@pytest.fixture
+def absent_tpu():
+    """``absent_tpu(topology)``: a chip of a slice that is not there. Needs libtpu, and no TPU."""
+    pytest.importorskip("libtpu")
+    return lambda topology: jax.sharding.SingleDeviceSharding(absent_devices(topology)[0])

@@ -1,6 +1,8 @@
 """The GPU kernels of KDA: what is lowered for CUDA, where not, and the kernel for one token."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -116,3 +118,30 @@ def test_the_state_is_split_until_the_processors_are_busy():
         widths.append(pallas_gpu.plan(q, q, 1.0, 64, False).value_block)
     assert widths == [16, 32, 64]
     assert set(step.STEPS) == {"xla", "pallas_gpu"}
+
+
+def test_without_the_triton_lowering_all_else_works():
+    """JAX 0.12 announces that it will go."""
+    code = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None
+import jax.numpy as jnp
+from jaxalope import InputError
+from jaxalope.layers.ops import kda, latent_decode
+x = jnp.ones((1, 2, 1, 4))
+arrays = (x, x, x, -x, x[..., 0])
+kda.kda(*arrays)
+for run in (
+    lambda: kda.kda(*arrays, implementation="pallas_gpu"),
+    lambda: latent_decode.latent_decode(
+        x, x[:, :, 0], positions=jnp.array([[0, 1]]), value_dim=2, scale=1.0,
+        implementation="pallas_gpu",
+    ),
+):
+    try:
+        run()
+    except InputError as error:
+        print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.count("needs the Triton lowering of Pallas") == 2, found.stderr

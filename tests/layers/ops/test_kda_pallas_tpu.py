@@ -40,16 +40,8 @@ def test_what_the_kernels_do_not_take_is_named():
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_both_passes_compile_ahead_of_time(topology, monkeypatch):
-    """Needs libtpu (`pip install jaxalope[tpu]`), and no TPU."""
-    pytest.importorskip("libtpu")
-    # Several processes may compile at once: none of them holds a TPU.
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    place = jax.sharding.SingleDeviceSharding(device)
+def test_both_passes_compile_ahead_of_time(topology, absent_tpu):
+    place = absent_tpu(topology)
     arrays, cotangents = draw_heads(100, heads=2, value_heads=4, key=128, value=64)
     arrays = (*(x.astype(jnp.bfloat16) for x in arrays[:3]), *arrays[3:])
     cotangents = (cotangents[0].astype(jnp.bfloat16), cotangents[1])

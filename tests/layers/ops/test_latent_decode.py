@@ -258,16 +258,8 @@ def test_lowers_for_cuda_without_a_gpu(dtype):
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_decoding_compiles_ahead_of_time(topology, monkeypatch):
-    """Needs libtpu (`pip install jaxalope[tpu]`), and no TPU."""
-    pytest.importorskip("libtpu")
-    # Several processes may compile at once: none of them holds a TPU.
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    place = jax.sharding.SingleDeviceSharding(device)
+def test_decoding_compiles_ahead_of_time(topology, absent_tpu):
+    place = absent_tpu(topology)
 
     def decode(q, latent, positions):
         """A loop that writes a token to every row's cache, and reads it."""
@@ -290,15 +282,9 @@ def test_decoding_compiles_ahead_of_time(topology, monkeypatch):
 @pytest.mark.parametrize("topology", ["v5e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize("length, capacity, dtype", [(32, 300, "bfloat16"), (3, 3000, "float32")])
 def test_many_queries_and_float32_compile_ahead_of_time(
-    topology, length, capacity, dtype, monkeypatch
+    topology, length, capacity, dtype, absent_tpu
 ):
     """What takes most VMEM: 1024 queries a row, and float32."""
-    pytest.importorskip("libtpu")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    arrays = of_48b(2, length, capacity, jax.sharding.SingleDeviceSharding(device), dtype)
+    arrays = of_48b(2, length, capacity, absent_tpu(topology), dtype)
     call = functools.partial(run, value_dim=512, implementation="pallas_tpu")
     jax.jit(call).lower(*arrays).compile()
