@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from .terms import Terms, accumulate, evaluate, loss_of, perturbed, scaled, ways
 
@@ -61,7 +62,7 @@ def _run(plan, learnt, wanted, head, hidden, targets, weights, sharpen):
         def logits_of(some, x=x):
             some = iter(some)
             arrays = [next(some) if w else a for a, w in zip(head, learnt, strict=True)]
-            return jax.core.eval_jaxpr(plan.jaxpr, arrays, x)[0]
+            return jaxpr_as_fun(ClosedJaxpr(plan.jaxpr, arrays))(x)[0]
 
         some = [a for a, w in zip(head, learnt, strict=True) if w]
         if not some and not wanted:
