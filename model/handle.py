@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ..errors import InputError
 from ..layers.stack import unroll
-from ..sharding import AxisRules, Params, split, use_mesh
+from ..sharding import AxisRules, Params, param_axes, shardings, split, use_mesh
 from .exchange import Origin
 from .generation_defaults import GenerationDefaults
 
@@ -69,6 +69,20 @@ class Model:
             graphdef, params = jax.jit(apart)(self.params)
         config = dataclasses.replace(self.config, scan_layers=False)
         return dataclasses.replace(self, config=config, graphdef=graphdef, params=params)
+
+    def on(self, mesh: Mesh, rules: AxisRules | None = None) -> Model:
+        """The same model, its parameters laid out on ``mesh`` by ``rules`` (None: the usual).
+
+        For a model that is in memory already; ``jaxalope.load(path, mesh=mesh)`` reads every shard
+        where it belongs and never holds the whole.
+
+        Raises:
+            InputError: a dimension does not divide over its mesh axis.
+        """
+        rules = rules or AxisRules()
+        places = shardings(self.params, param_axes(self.module()), mesh, rules)
+        params = jax.device_put(self.params, places)
+        return dataclasses.replace(self, params=params, mesh=mesh, rules=rules)
 
     def context(self) -> contextlib.AbstractContextManager:
         """The mesh and rules under which this model is traced and run."""

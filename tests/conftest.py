@@ -1,5 +1,6 @@
 """What every test process sets before JAX starts: eight CPU devices, quick compilation, a cache."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -22,10 +23,11 @@ if importlib.metadata.version("jax").startswith(("0.10.", "0.11.")):
 else:
     # jaxlib 0.12.0 has crashed while it wrote a large eight-device executable to the cache.
     os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
-import jaxtyping  # noqa: E402  (JAX must see the variables above)
+import jax  # noqa: E402  (it must see the variables above)
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -45,3 +47,17 @@ def unchecked_shapes():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Lets go of compiled programs when they have become many.
+
+    Every CPU executable holds memory maps of its own, and Linux grants a process 65,530 of them: a
+    worker that keeps all programs of the suite runs out, and crashes where it next compiles.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()

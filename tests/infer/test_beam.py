@@ -1,43 +1,31 @@
 """Beam search equals its plain description, and enumeration where its width leaves nothing out."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 from exact import law, log_softmax, logits_of
-from toys import TableConfig, golden_model, table_model
+from toys import TableConfig, golden_model, hybrid_model, table_model
 
 import jaxalope
 from jaxalope import (
     Chain,
     Greedy,
     InputError,
-    Model,
     PresenceFrequencyPenalty,
     beam_search,
 )
-from jaxalope.data.tokenizers import load_tokenizer
 from jaxalope.infer.policy import Policy, policy
-from jaxalope.model import KimiLinearConfig, build_model
-from jaxalope.sharding import MeshConfig, init_params, make_mesh
+from jaxalope.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.long
 
-# One layer of each kind.
-SMALL = dataclasses.replace(
-    KimiLinearConfig.tiny(), num_layers=2, kda_layers=(1,), full_attn_layers=(2,)
-)
 LAMBDAS = (1.0, 0.0, 0.6, 2.5, -1.0)
 STOP, SLOTS = 3, 4  # Of the golden toy.
 
 
 @pytest.fixture(scope="module")
 def hybrid():
-    graphdef, params = init_params(lambda key: build_model(SMALL, key), jax.random.key(0))
-    # Larger weights, so that distributions are not flat.
-    params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
-    return Model(SMALL, graphdef, params, load_tokenizer("bytes"))
+    return hybrid_model()
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["positions", "recurrent"])
@@ -187,10 +175,7 @@ def test_hybrid_scores_are_the_forward_passs(hybrid, searched):
 
 
 def test_sharded_equals_one_device(hybrid, searched):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    _, placed = init_params(lambda key: build_model(SMALL, key), jax.random.key(0), mesh)
-    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), hybrid.params, placed)
-    sharded = dataclasses.replace(hybrid, params=params, mesh=mesh)
+    sharded = hybrid.on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     found = beam_search(sharded, *HYBRID_SEARCH, n=3)
     assert found.text == searched.text
     np.testing.assert_allclose(found.scores, searched.scores, atol=1e-4)

@@ -4,21 +4,20 @@ import json
 
 import jax
 import pytest
+from toys import SMALL
 
 import jaxalope
 import jaxalope.model
 from jaxalope import Model
 from jaxalope.data.tokenizers import load_tokenizer
-from jaxalope.model import KimiLinearConfig, build_model
+from jaxalope.model import build_model
 from jaxalope.sharding import init_params
-
-TINY = KimiLinearConfig.tiny()
 
 
 @pytest.fixture(scope="module")
 def model():
-    graphdef, params = init_params(lambda key: build_model(TINY, key), jax.random.key(0))
-    return Model(TINY, graphdef, params, load_tokenizer("bytes"))
+    graphdef, params = init_params(lambda key: build_model(SMALL, key), jax.random.key(0))
+    return Model(SMALL, graphdef, params, load_tokenizer("bytes"))
 
 
 @pytest.fixture

@@ -6,29 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import TableConfig, table_model
+from toys import TableConfig, hybrid_model, table_model
 
 import jaxalope
-from jaxalope import Greedy, InputError, Model, RepetitionPenalty, Temperature, TopK, TopP
-from jaxalope.data.tokenizers import load_tokenizer
+from jaxalope import Greedy, InputError, RepetitionPenalty, Temperature, TopK, TopP
 from jaxalope.infer import Chain
 from jaxalope.infer.cache import CacheLayout
 from jaxalope.infer.driver import decoder_of
-from jaxalope.model import KimiLinearConfig, build_model
-from jaxalope.sharding import init_params
 
 pytestmark = pytest.mark.long
 
-TINY = KimiLinearConfig.tiny()
 PROMPTS = ["def f(x):", "i", "class Jackalope: has antlers"]
 
 
 @pytest.fixture(scope="module")
 def model():
-    graphdef, params = init_params(lambda key: build_model(TINY, key), jax.random.key(0))
-    # Larger weights, so that distributions are not flat.
-    params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
-    return Model(TINY, graphdef, params, load_tokenizer("bytes"))
+    return hybrid_model()
 
 
 @pytest.fixture(scope="module")

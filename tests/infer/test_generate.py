@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import hybrid_model
 
 import jaxalope
-from jaxalope import Chain, Greedy, InputError, Model, Temperature
-from jaxalope.data.tokenizers import load_tokenizer
+from jaxalope import Chain, Greedy, InputError, Temperature
 from jaxalope.infer import NextToken
 from jaxalope.infer.driver import decoder_of
-from jaxalope.model import KimiLinearConfig, build_model
-from jaxalope.sharding import MeshConfig, init_params, make_mesh
+from jaxalope.model import KimiLinearConfig
+from jaxalope.sharding import MeshConfig, make_mesh
 
 TINY = KimiLinearConfig.tiny()
 PROMPTS = ["def f(x):", "i", "class Jackalope: has antlers"]
@@ -21,10 +21,7 @@ PROMPTS = ["def f(x):", "i", "class Jackalope: has antlers"]
 
 @pytest.fixture(scope="module")
 def model():
-    graphdef, params = init_params(lambda key: build_model(TINY, key), jax.random.key(0))
-    # Larger weights, so that distributions are not flat.
-    params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
-    return Model(TINY, graphdef, params, load_tokenizer("bytes"))
+    return hybrid_model(TINY)
 
 
 def row(model, prompt):
@@ -138,10 +135,7 @@ def test_samples_follow_the_distribution(model):
 
 
 def test_sharded_equals_one_device(model):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    _, placed = init_params(lambda key: build_model(TINY, key), jax.random.key(0), mesh)
-    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), model.params, placed)
-    sharded = dataclasses.replace(model, params=params, mesh=mesh)
+    sharded = model.on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     # Three prompts over four shares of the batch.
     expected = jaxalope.generate(model, PROMPTS, Greedy(), 8)
     found = jaxalope.generate(sharded, PROMPTS, Greedy(), 8)

@@ -7,27 +7,22 @@ a change of seed fails one of them with a chance below 1e-4.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
 
 import jaxalope
-from jaxalope import InputError, Model, Temperature
-from jaxalope.data.tokenizers import load_tokenizer
+from jaxalope import InputError, Temperature
 from jaxalope.infer.lookahead import Lookahead, choice_law, sample_lookahead
 from jaxalope.infer.programs import program_of
 from jaxalope.infer.request import make_batch
-from jaxalope.model import KimiLinearConfig, build_model
-from jaxalope.sharding import init_params
 
 pytestmark = pytest.mark.long
 
 GOLDEN = toys.golden()
 SEQUENCES = [tuple(s) for s in GOLDEN["sequences"]]
 RUNS = 6000
-TINY = KimiLinearConfig.tiny()
 PROMPTS = ["def f(x):", "i"]
 MANY_BLOCKS = {"block": 2, "pool": 24, "num_candidates": 24, "num_rollouts": 4, "n": 2000}
 
@@ -40,9 +35,7 @@ def toy():
 @pytest.fixture(scope="module")
 def hybrid():
     """Recurrent and attention layers; larger weights, so that distributions are not flat."""
-    graphdef, params = init_params(lambda key: build_model(TINY, key), jax.random.key(0))
-    params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
-    return Model(TINY, graphdef, params, load_tokenizer("bytes"))
+    return toys.hybrid_model()
 
 
 def requests(model, count=1, new=4, seed=0):
@@ -184,7 +177,7 @@ def test_alpha_one_is_plain_sampling(toy):
 def test_hybrid_without_horizon_is_temperature(hybrid):
     """Recurrent state goes with the candidate that is chosen."""
     batch = make_batch(hybrid, PROMPTS, None, 6, 3, ())
-    settings = {"num_candidates": TINY.vocab_size, "num_rollouts": 1, "horizon": 0}
+    settings = {"num_candidates": hybrid.config.vocab_size, "num_rollouts": 1, "horizon": 0}
     found = sample_lookahead(hybrid, batch, alpha=2.0, t_max=6, n=2, **settings)
     cold = jaxalope.generate(hybrid, PROMPTS, Temperature(0.5), 6, 3, n=2, stop_tokens=())
     assert found.text == cold.text

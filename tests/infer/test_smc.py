@@ -13,8 +13,7 @@ import pytest
 import toys
 
 import jaxalope
-from jaxalope import InputError, Model, Temperature
-from jaxalope.data.tokenizers import load_tokenizer
+from jaxalope import InputError, Temperature
 from jaxalope.infer.cache import CacheLayout
 from jaxalope.infer.driver import decoder_of
 from jaxalope.infer.request import make_batch
@@ -27,14 +26,11 @@ from jaxalope.infer.smc import (
     sample_smc,
     systematic,
 )
-from jaxalope.model import KimiLinearConfig, build_model
-from jaxalope.sharding import init_params
 
 pytestmark = pytest.mark.long
 
 GOLDEN = toys.golden()
 RUNS = 4000
-TINY = KimiLinearConfig.tiny()
 PROMPTS = ["def f(x):", "i"]
 
 
@@ -46,9 +42,7 @@ def toy():
 @pytest.fixture(scope="module")
 def hybrid():
     """Recurrent and attention layers; larger weights, so that distributions are not flat."""
-    graphdef, params = init_params(lambda key: build_model(TINY, key), jax.random.key(0))
-    params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
-    return Model(TINY, graphdef, params, load_tokenizer("bytes"))
+    return toys.hybrid_model()
 
 
 def requests(model, count=1, new=4, seed=0, width=8):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact import chi_square_accepts, law
-from toys import TableConfig, table_model
+from toys import TableConfig, hybrid_model, table_model
 
 import jaxalope
 from jaxalope import (
@@ -15,13 +15,11 @@ from jaxalope import (
     DraftModel,
     Greedy,
     InputError,
-    Model,
     PresenceFrequencyPenalty,
     PromptLookup,
     RepetitionPenalty,
     Temperature,
 )
-from jaxalope.data.tokenizers import load_tokenizer
 from jaxalope.infer import NextToken, Speculative
 from jaxalope.infer.cache import CacheLayout
 from jaxalope.infer.drafts import Drafts
@@ -30,28 +28,18 @@ from jaxalope.infer.programs import program_of
 from jaxalope.infer.records import LogProb
 from jaxalope.infer.request import make_batch
 from jaxalope.infer.speculative import Accepted, Drafted, judge
-from jaxalope.model import KimiLinearConfig, build_model
-from jaxalope.sharding import MeshConfig, init_params, make_mesh
+from jaxalope.model import KimiLinearConfig
+from jaxalope.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.long
 
-TINY = KimiLinearConfig.tiny()
-# One layer of each kind.
-SMALL = dataclasses.replace(TINY, num_layers=2, kda_layers=(1,), full_attn_layers=(2,))
 PROMPTS = ["def f(x):\n  def f(x):\n", "i", "class Jackalope:"]
 RECORDS = (LogProb(), Drafted(), Accepted())
 
 
-def hybrid_model(config, seed):
-    graphdef, params = init_params(lambda key: build_model(config, key), jax.random.key(seed))
-    # Larger weights, so that distributions are not flat.
-    params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
-    return Model(config, graphdef, params, load_tokenizer("bytes"))
-
-
 @pytest.fixture(scope="module")
 def small():
-    return hybrid_model(SMALL, 0)
+    return hybrid_model()
 
 
 def toy(seed, recurrent=False, size=4, order=2):
@@ -213,7 +201,7 @@ def test_without_drafts_it_is_plain_decoding():
 
 
 def test_greedy_on_kimi_linear():
-    model = hybrid_model(TINY, 0)
+    model = hybrid_model(KimiLinearConfig.tiny())
     plain = jaxalope.generate(model, PROMPTS, Greedy(), 24, stop_tokens=())
     found = jaxalope.generate(model, PROMPTS, Greedy(), 24, stop_tokens=(), draft=PromptLookup(3))
     assert 0 < sum(found.accepted) < sum(found.drafted)
@@ -340,10 +328,7 @@ def test_a_streams_pieces_join_to_the_text(small):
 
 
 def test_sharded_equals_one_device(small):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    _, placed = init_params(lambda key: build_model(SMALL, key), jax.random.key(0), mesh)
-    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), small.params, placed)
-    sharded = dataclasses.replace(small, params=params, mesh=mesh)
+    sharded = small.on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
 
     # Three prompts over four shares of the batch.
     expected, found = (

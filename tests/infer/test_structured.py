@@ -3,21 +3,18 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
+from toys import hybrid_model
 
 import jaxalope
 from jaxalope import InputError, Model, Temperature
-from jaxalope.data.tokenizers import load_tokenizer
 from jaxalope.infer.grammar import Json, JsonSchema, Regex, Vocabulary
 from jaxalope.infer.structured import Guided, GuidedRun
-from jaxalope.model import KimiLinearConfig, build_model
-from jaxalope.sharding import MeshConfig, init_params, make_mesh, use_mesh
+from jaxalope.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.long
 
-TINY = KimiLinearConfig.tiny()
 SCHEMA = JsonSchema(
     {
         "type": "object",
@@ -31,9 +28,7 @@ SCHEMA = JsonSchema(
 
 @pytest.fixture(scope="module")
 def model():
-    graphdef, params = init_params(lambda key: build_model(TINY, key), jax.random.key(0))
-    params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
-    return Model(TINY, graphdef, params, load_tokenizer("bytes"))
+    return hybrid_model()
 
 
 def test_three_hundred_json_texts(model):
@@ -139,10 +134,7 @@ def test_streamed_text_is_the_text(model):
 
 
 def test_on_a_mesh(model):
-    mesh = make_mesh(MeshConfig(data=4, tensor=2))
-    with use_mesh(mesh):
-        _, params = init_params(lambda key: build_model(TINY, key), jax.random.key(0), mesh)
-    sharded = Model(TINY, model.graphdef, params, model.tokenizer, mesh)
+    sharded = model.on(make_mesh(MeshConfig(data=4, tensor=2)))
     out = jaxalope.generate(sharded, ["a", "b", "c"], max_new_tokens=40, grammar=SCHEMA)
     for text, reason in zip(out.text, out.finish_reasons, strict=True):
         if reason == "stop":
@@ -152,6 +144,6 @@ def test_on_a_mesh(model):
 def test_bad_input_is_named(model):
     with pytest.raises(InputError, match="grammar has 2 entries for 1 prompts"):
         jaxalope.generate(model, ["a"], grammar=[None, None])
-    silent = Model(TINY, model.graphdef, model.params)
+    silent = Model(model.config, model.graphdef, model.params)
     with pytest.raises(InputError, match="needs a tokenizer"):
         jaxalope.generate(silent, [[1]], grammar=Json())

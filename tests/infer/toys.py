@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxalope.model import Model
-from jaxalope.sharding import MeshConfig, constrain, make_mesh, take
+from jaxalope.data.tokenizers import load_tokenizer
+from jaxalope.model import KimiLinearConfig, Model, build_model
+from jaxalope.sharding import MeshConfig, constrain, init_params, make_mesh, take
 
 _ROWS = ("batch", None)
 SAMPLING = pathlib.Path(__file__).parent.parent / "fixtures" / "sampling"
@@ -96,6 +97,19 @@ class TableLM(nnx.Module):
         return take(self.table[...], take(jnp.asarray(firsts), level, ["batch"]) + code, _ROWS)
 
 
+# Of Kimi Linear, one layer of each kind.
+SMALL = dataclasses.replace(
+    KimiLinearConfig.tiny(), num_layers=2, kda_layers=(1,), full_attn_layers=(2,)
+)
+
+
+def hybrid_model(config: KimiLinearConfig = SMALL, seed: int = 0) -> Model:
+    """Recurrent and attention layers; large weights, so that distributions are not flat."""
+    graphdef, params = init_params(lambda key: build_model(config, key), jax.random.key(seed))
+    params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
+    return Model(config, graphdef, params, load_tokenizer("bytes"))
+
+
 def table_model(config: TableConfig, table=None, seed: int = 0) -> Model:
     """A handle, as ``jaxalope.load`` returns for real models; it has no tokenizer."""
     graphdef, state = nnx.split(TableLM(config, rngs=nnx.Rngs(seed), table=table))
@@ -104,9 +118,7 @@ def table_model(config: TableConfig, table=None, seed: int = 0) -> Model:
 
 def sharded(model: Model) -> Model:
     """The same model on eight devices: four shares of the batch, two of the vocabulary."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    place = jax.NamedSharding(mesh, jax.P(None, "tensor"))
-    return dataclasses.replace(model, mesh=mesh, params=jax.device_put(model.params, place))
+    return model.on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
 
 
 def golden() -> dict:

@@ -155,15 +155,11 @@ def test_eight_devices_equal_one(name):
     alone, cache = model(ids, model.init_cache(4, 24))
     alone_next, _ = model(ids[:, :1], cache)
     mesh = make_mesh(mesh)
-    _, initial = init_params(
-        lambda key: build_model(model.config, key), jax.random.key(0), mesh, rules
-    )
-    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), model.params, initial)
+    sharded = model.on(mesh, rules)
     with use_mesh(mesh, rules):
         rows = jax.NamedSharding(mesh, rules.spec(("batch", "seq")))
         ids, segments = jax.device_put(ids, rows), jax.device_put(segments, rows)
-        found = gradients(model.graphdef, params, ids, segments)
-        sharded = Model(model.config, model.graphdef, params, mesh=mesh, rules=rules)
+        found = gradients(model.graphdef, sharded.params, ids, segments)
         logits, cache = sharded(ids, sharded.init_cache(4, 24))
         last, _ = sharded(ids[:, :1], cache)
     jax.tree.map(

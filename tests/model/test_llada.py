@@ -373,15 +373,11 @@ def test_eight_devices_equal_one(name):
 
     expected = run(model, model.params, ids, places)
     mesh = make_mesh(mesh)
-    _, initial = init_params(
-        lambda key: build_model(model.config, key), jax.random.key(0), mesh, rules
-    )
-    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), model.params, initial)
+    sharded = model.on(mesh, rules)
     with use_mesh(mesh, rules):
         rows = jax.NamedSharding(mesh, rules.spec(("batch", "seq")))
         ids, places = jax.device_put(ids, rows), jax.device_put(places, rows)
-        sharded = Model(model.config, model.graphdef, params, mesh=mesh, rules=rules)
-        found = run(sharded, params, ids, places)
+        found = run(sharded, sharded.params, ids, places)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), found, expected
     )

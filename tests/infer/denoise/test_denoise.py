@@ -73,8 +73,16 @@ def test_masks_of_a_prompt_are_filled_in(model, cfg):
     assert [len(t) for t in alone.tokens] == [0, 0]
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-@pytest.mark.parametrize("rule", [Threshold(0.15), Factor(1.6), TopQuota()])
+@pytest.mark.parametrize(
+    ("cache", "rule"),
+    [
+        ("none", Threshold(0.15)),
+        ("none", TopQuota()),
+        ("prefix", Factor(1.6)),
+        ("dual", Threshold(0.15)),
+        ("dual", TopQuota()),
+    ],
+)
 def test_a_batch_of_unequal_prompts_equals_each_alone(model, cache, rule):
     settings = {
         "gen_length": 12,

@@ -245,10 +245,7 @@ def test_compilations(peaked):
 @pytest.mark.parametrize("policy", [ExactTemperature(0.5, 200), BatchTemperature(0.5, 9)])
 @pytest.mark.filterwarnings("ignore:rows")
 def test_on_a_mesh(peaked, policy):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    _, placed = init_params(lambda key: build_model(peaked.config, key), jax.random.key(0), mesh)
-    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), peaked.params, placed)
-    sharded = dataclasses.replace(peaked, params=params, mesh=mesh)
+    sharded = peaked.on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     prompts = [*(list(p.encode()) for p in PROMPTS), list(b"abcde")]
     prompts[3][4] = int(generate(peaked, ["abcd"], max_new_tokens=1, stop_tokens=()).tokens[0][0])
     settings = {"n": 2, "stop_tokens": (), "remainder": "reject"}
