@@ -88,8 +88,9 @@ _CONFIDENCE_EOS_EOT_INF = flags.DEFINE_bool(
 
 # Flags that say something to these methods only.
 _OF_SAMPLE = ("policy", "stop", "stream", "regex", "json_schema", "draft", "remainder")
-_OF_METHOD = {"block": "power", "mcmc_steps": "power", "cut": "power"}
-_OF_METHOD |= {"particles": "smc", "beams": "beam"}
+_OF_METHOD = dict.fromkeys(("block", "mcmc_steps", "cut"), ("power",))
+_OF_METHOD |= {"alpha": ("power", "smc", "lookahead")}
+_OF_METHOD |= {"particles": ("smc",), "beams": ("beam",)}
 _OF_METHOD |= dict.fromkeys(
     (
         "gen_length",
@@ -101,7 +102,7 @@ _OF_METHOD |= dict.fromkeys(
         "logits_eos_inf",
         "confidence_eos_eot_inf",
     ),
-    "denoise",
+    ("denoise",),
 )
 
 
@@ -137,11 +138,14 @@ def _check_flags() -> None:
         given = []
     if _METHOD.value != "sample" and given:
         raise InputError(f"--{given[0]} is for --method=sample, not {_METHOD.value}; leave it out")
-    for name, method in _OF_METHOD.items():
-        if flags.FLAGS[name].present and _METHOD.value != method:
+    for name, methods in _OF_METHOD.items():
+        if flags.FLAGS[name].present and _METHOD.value not in methods:
             raise InputError(
-                f"--{name} is for --method={method}, not {_METHOD.value}; leave it out"
+                f"--{name} is for --method={' or '.join(methods)}, not {_METHOD.value}; leave it "
+                "out"
             )
+    if flags.FLAGS["draft_tokens"].present and _DRAFT.value is None:
+        raise InputError("--draft_tokens is for --draft; give that too")
     if _METHOD.value == "denoise" and _MAX_NEW_TOKENS.value is not None:
         raise InputError("--max_new_tokens is not for --method=denoise; give --gen_length")
     if _SYSTEM.value is not None and not _CHAT.value:
@@ -243,15 +247,19 @@ def _power(model) -> None:
 
 def _search(model) -> None:
     from .beam import beam_search
+    from .defaults import stop_ids
     from .parse import parse_policy
 
+    policy = None
+    if flags.FLAGS["policy"].present:
+        policy = parse_policy(_POLICY.value, stop_ids(model))
     found = beam_search(
         model,
         _prompts(model),
         _BEAMS.value,
         _max_new_tokens(model),
         n=_NUM_SAMPLES.value,
-        policy=parse_policy(_POLICY.value) if flags.FLAGS["policy"].present else None,
+        policy=policy,
     )
     for prompt, texts, scores in zip(_PROMPT.value, found.text, found.scores, strict=True):
         for text in texts:

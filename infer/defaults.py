@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import InputError
 from ..model.generation_defaults import GenerationDefaults
 from ..model.handle import Model
@@ -46,8 +48,11 @@ def settle(
     """
     defaults = model.defaults
     if policy is None:
-        held_back = stop_ids(model) if stop_tokens is None else _flat(stop_tokens)
-        policy = default_policy(defaults, held_back)
+        stops = stop_ids(model) if stop_tokens is None else list(stop_tokens)
+        if stops and not np.isscalar(stops[0]):  # Ids for each prompt: each holds its own back.
+            policy = [default_policy(defaults, [int(i) for i in row]) for row in stops]
+        else:
+            policy = default_policy(defaults, [int(i) for i in stops])
     if max_new_tokens is None:
         max_new_tokens = defaults.max_new_tokens
         # Of the model's two bounds the number of new tokens counts, if there is one.
@@ -113,8 +118,3 @@ def default_policy(defaults: GenerationDefaults, stop_tokens: Sequence[int] = ()
     except InputError as error:
         raise InputError(f"the model's own generation_config.json: {error}") from error
     return stages[0] if len(stages) == 1 else Chain(*stages)
-
-
-def _flat(stop_tokens: Any) -> list[int]:
-    rows = [row if isinstance(row, list | tuple) else [row] for row in stop_tokens]
-    return sorted({int(i) for row in rows for i in row})

@@ -22,6 +22,7 @@ from .cache import CacheLayout
 from .loop import DecodeState
 from .next_token import commit, context_of, draw, forward
 from .policy import Policy, stack_rows
+from .request import check_policy
 
 # What a row's key is folded with beside positions, which count up from 0.
 DRAFT, ACCEPT = 2**32 - 1, 2**32 - 2
@@ -130,7 +131,7 @@ class DraftModel:
             )
         policy = None
         if self.policy is not None:
-            self.policy.check_vocabulary(mine)
+            check_policy(self.model, self.policy)
             policy = stack_rows([self.policy])
         return ModelDrafter(self.model.params, policy, self.model.graphdef, self.num_tokens)
 

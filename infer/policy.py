@@ -62,7 +62,7 @@ class Policy:
     Class attributes:
         deterministic: its proposal always has all its probability on one token.
         needs: what it reads of the :class:`Context`: ``"context"`` (the canvas), ``"counts"``,
-            ``"predicted"``.
+            ``"predicted"``; or ``"chunks"`` where it is for models that draw whole chunks.
         can_starve: it may forbid every token.
         rank: its place in the usual order of stages.
     """
@@ -137,6 +137,12 @@ def one_hot_logits(chosen: Int[Array, "B"], vocab_size: int) -> Float[Array, "B 
     return jnp.where(jnp.arange(vocab_size) == chosen[:, None], 0.0, -jnp.inf)
 
 
+def best_of(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """0 at the argmax, ``-inf`` elsewhere; a row of which everything is forbidden has no best."""
+    best = one_hot_logits(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    return jnp.where(logits > -jnp.inf, best, -jnp.inf)
+
+
 def needed(context: Context | None, stage: Policy) -> Context:
     """``context``; an error where a stage that reads it was called without."""
     lacks = {name for name in stage.needs if getattr(context, name, context) is None}
@@ -156,7 +162,7 @@ class Greedy(Policy):
 
     def __call__(self, logits, context=None):
         """0 at the argmax, ``-inf`` elsewhere."""
-        return one_hot_logits(jnp.argmax(logits, axis=-1), logits.shape[-1])
+        return best_of(logits)
 
 
 @policy()
@@ -190,10 +196,8 @@ class Temperature(Policy):
 def cool(logits: Float[Array, "B V"], temperature: Any) -> Float[Array, "B V"]:
     """Logits over a temperature (a number, or ``[B]``), greedy where it is at most 1e-5."""
     temperature = column(temperature).astype(logits.dtype)
-    best = one_hot_logits(jnp.argmax(logits, axis=-1), logits.shape[-1])
-    # A row of which everything is forbidden has no best token.
-    best = jnp.where(logits > -jnp.inf, best, -jnp.inf)
-    return jnp.where(temperature > COLDEST, logits / jnp.maximum(temperature, COLDEST), best)
+    cooled = logits / jnp.maximum(temperature, COLDEST)
+    return jnp.where(temperature > COLDEST, cooled, best_of(logits))
 
 
 @jax.tree_util.register_dataclass

@@ -20,6 +20,7 @@ from ..model.handle import Model
 from .diagnostics import effective_sample_size
 from .lookahead import sample_lookahead
 from .metropolis import CUTS, REUSE, Metropolis
+from .policy import COLDEST
 from .programs import program_of
 from .request import Batch, Prompts, make_batch
 from .samples import PowerSamples, collect
@@ -33,6 +34,11 @@ _OWN = {
     "smc": set(inspect.signature(sample_smc).parameters) - _SHARED,
     "lookahead": set(inspect.signature(sample_lookahead).parameters) - _SHARED,
 }
+# Of arguments that not every method has: those that do.
+_METHODS_OF = dict.fromkeys(
+    ("n_mcmc", "cut", "share_cut", "cut_seed", "reuse", "stride", "progress"), ("mh",)
+)
+_METHODS_OF |= {"block": ("mh", "lookahead"), "tau": ("mh", "smc")}
 
 
 def power_sample(
@@ -66,7 +72,8 @@ def power_sample(
             choice, 1 if None.
         n_mcmc: Metropolis-Hastings steps in every block.
         t_max: tokens that a response may get.
-        tau: temperature of the proposal; ``1 / alpha`` if None. Any gives the same law.
+        tau: ``"mh"`` and ``"smc"``: temperature of the proposal; ``1 / alpha`` if None. Any gives
+            the same law.
         cut: how ``"mh"`` cuts, one of ``CUTS``; see :class:`~.metropolis.Metropolis`.
         method: ``"mh"``, ``"smc"`` or ``"lookahead"``.
         n: samples a prompt.
@@ -88,7 +95,15 @@ def power_sample(
     Raises:
         InputError: a setting out of range, or of another method; names it.
     """
+    given = locals()
     _one_of("method", method, METHODS)
+    for name, methods in _METHODS_OF.items():
+        default = inspect.signature(power_sample).parameters[name].default
+        if method not in methods and given[name] != default:
+            raise InputError(
+                f"{name}={given[name]!r} is of method={' or '.join(methods)}, not of {method!r}; "
+                "leave it out"
+            )
     _one_of("cut", cut, CUTS)
     _one_of("reuse", reuse, REUSE)
     if block is None:
@@ -107,6 +122,11 @@ def power_sample(
     if method == "lookahead":
         return sample_lookahead(model, batch, block=block, **shared)
     tau = 1 / alpha if tau is None else tau
+    if tau <= COLDEST:
+        raise InputError(
+            f"tau={tau} (1 / alpha if not given) is greedy, and a greedy proposal does not reach "
+            f"everything that p does; give a tau above {COLDEST}"
+        )
     block = min(block, t_max)
     chains = program_of(
         model, Metropolis, t_max, block, n_mcmc, cut, share_cut, reuse, stride or block

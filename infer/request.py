@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..model.handle import Model
 from ..model.registry import decoding_of
 from .defaults import stop_ids
-from .policy import Policy, Temperature, stack_rows
+from .policy import Policy, Temperature, stack_rows, stages
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 
@@ -99,7 +99,7 @@ def make_batch(
         prompts: text, or token ids; of any lengths.
         policy: one for all prompts, or one each; ``Temperature(1.0)`` if None.
         max_new_tokens: one for all, or one each.
-        seed: one each, or an int: prompt ``i`` then has seed ``seed + i``.
+        seed: one each, or an int: prompt ``i`` then has seed ``seed + i``; modulo 2**32.
         stop_tokens: ids for all prompts, or a sequence of ids each; if None the model's own, or
             the tokenizer's end-of-sequence.
         max_length: of prompt and response together; None is no bound.
@@ -126,9 +126,10 @@ def make_batch(
                     "to generate; shorten it or raise max_length"
                 )
         new = [min(value, max_length - len(row)) for value, row in zip(new, rows, strict=True)]
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise InputError(f"seed has {len(seeds)} entries for {count} prompts; give one each")
+    if isinstance(seed, int | np.integer):
+        seeds = [int(seed) + i for i in range(count)]
+    else:
+        seeds = _each("seed", seed, count)
     policies = [policy or Temperature(1.0)] * count
     if not (policy is None or isinstance(policy, Policy)):
         policies = list(policy)
@@ -137,7 +138,7 @@ def make_batch(
                 f"policy has {len(policies)} entries for {count} prompts; give one each, or one"
             )
     for own in policies:
-        own.check_vocabulary(model.config.vocab_size)
+        check_policy(model, own)
     stops = _stops(model, stop_tokens, count)
 
     # A mesh takes whole shares of the batch: copies of the last prompt, done from the start, fill
@@ -155,7 +156,7 @@ def make_batch(
         prompts=canvas,
         lengths=lengths,
         limits=limits,
-        seeds=np.array(seeds, np.uint32)[index],
+        seeds=np.array([s % 2**32 for s in seeds], np.uint32)[index],
         samples=np.zeros(len(index), np.int32),
         stop_tokens=stops[index],
         policy=take_rows_of(stack_rows(policies), index),
@@ -203,6 +204,22 @@ def token_rows(model: Model, prompts: Prompts) -> list[Sequence[int]]:
     return rows
 
 
+def check_policy(model: Model, policy: Policy) -> None:
+    """Raise InputError where this model cannot be sampled by it: before anything is compiled."""
+    policy.check_vocabulary(model.config.vocab_size)
+    for stage in stages(policy):
+        if "predicted" in stage.needs and "decoding_heads" not in model.params:
+            raise InputError(
+                f"policy has {type(stage).__name__}, which reads decoding heads, and this model "
+                "has none; train them with objective=autodeco, or give Temperature and TopP"
+            )
+        if "chunks" in stage.needs and decoding_of(model.config) != "next_vector":
+            raise InputError(
+                f"policy has {type(stage).__name__}, which is for models that draw whole chunks "
+                "(CALM); this one has logits, so give Temperature"
+            )
+
+
 def _each(name: str, value: int | Sequence[int], count: int) -> list[int]:
     if isinstance(value, int | np.integer):
         return [int(value)] * count
@@ -225,7 +242,8 @@ def _stops(model: Model, stop_tokens, count: int) -> np.ndarray:
     for row in rows:
         if len(row):
             model.check_tokens(np.asarray(list(row)))
-    width = max([1, *(len(row) for row in rows)])
+    # A power of two, so that few widths are ever compiled.
+    width = 1 << max(0, max(len(row) for row in rows) - 1).bit_length()
     stops = np.full((count, width), -1, np.int32)
     for i, row in enumerate(rows):
         stops[i, : len(row)] = list(row)

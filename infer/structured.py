@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -200,7 +201,6 @@ def compiled_grammars(model: Model, grammar: Grammars, count: int) -> list[Gramm
     if len(grammars) != count:
         raise InputError(f"grammar has {len(grammars)} entries for {count} prompts; give one each")
     compiled: dict[int, Grammar] = {}
-    vocabulary = None
     for one in grammars:
         if one is None or id(one) in compiled:
             continue
@@ -209,14 +209,19 @@ def compiled_grammars(model: Model, grammar: Grammars, count: int) -> list[Gramm
             continue
         if model.tokenizer is None:
             raise InputError("grammar needs a tokenizer; this model has none")
-        vocabulary = vocabulary or _vocabulary(model)
-        compiled[id(one)] = one.compile(vocabulary)
+        compiled[id(one)] = one.compile(_vocabulary(model))
     return [None if one is None else compiled[id(one)] for one in grammars]
 
 
+# Kept as long as their model is: reading a large vocabulary takes longer than a grammar does.
+_VOCABULARIES: weakref.WeakKeyDictionary[Model, Vocabulary] = weakref.WeakKeyDictionary()
+
+
 def _vocabulary(model: Model) -> Vocabulary:
-    vocabulary, stops = Vocabulary.from_tokenizer(model.tokenizer), stop_ids(model)
-    # A text ends by a token that the model was taught to end texts by.
-    if stops and vocabulary.eos_id not in stops:
-        vocabulary = dataclasses.replace(vocabulary, eos_id=stops[0])
-    return vocabulary
+    if model not in _VOCABULARIES:
+        vocabulary, stops = Vocabulary.from_tokenizer(model.tokenizer), stop_ids(model)
+        # A text ends by a token that the model was taught to end texts by.
+        if stops and vocabulary.eos_id not in stops:
+            vocabulary = dataclasses.replace(vocabulary, eos_id=stops[0])
+        _VOCABULARIES[model] = vocabulary
+    return _VOCABULARIES[model]

@@ -7,10 +7,10 @@ from typing import Any
 
 # What decoders put in place of bytes that do not form a code point (yet).
 _REPLACEMENT = "\ufffd"
-# Tokens decoded together with new ones, so that a decoder sees what joins them.
-_OVERLAP = 8
-# No code point has more bytes, so a longer run of replacements is really in the text.
-_LONGEST_CODE_POINT = 4
+# Tokens after which replacements are taken to be really in the text. A code point has at most four,
+# but tokens may straddle code points, so that many in a row end in the middle of one; the bound is
+# there so that bytes which are no text at all are not decoded anew for ever.
+_LONGEST_OPEN = 64
 
 
 class TextStream:
@@ -33,6 +33,9 @@ class TextStream:
         self._hold = max((len(s) for s in stop), default=1) - 1
         self._ids: list[int] = []
         self._settled = 0  # Tokens whose text is in _raw for good.
+        # Where those before these were settled: decoded together with new ones, so that a decoder
+        # sees what joins them. Text was complete there, so no code point is cut.
+        self._start = 0
         self._raw = ""  # Decoded text, stop strings not yet looked for in its end.
         self.text = ""
         self.stopped = False
@@ -53,33 +56,33 @@ class TextStream:
         """No more tokens come: what was held back, incomplete code points as U+FFFD."""
         before = len(self.text)
         if not self.stopped:
-            self._raw += self._new_text()
-            self._settled = len(self._ids)
-            self._look_for_stop()
-            if not self.stopped:
+            self._settle(self._new_text())
+            if not self._look_for_stop(self._raw):
                 self.text = self._raw
         return self.text[before:]
 
     def _new_text(self) -> str:
-        """The text that unsettled tokens add, decoded with a few before them."""
-        start = max(0, self._settled - _OVERLAP)
-        context = self._decode(self._ids[start : self._settled])
-        return self._decode(self._ids[start:])[len(context) :]
+        """The text that unsettled tokens add, decoded with those settled last."""
+        context = self._decode(self._ids[self._start : self._settled])
+        return self._decode(self._ids[self._start :])[len(context) :]
+
+    def _settle(self, new: str) -> None:
+        self._raw += new
+        self._start, self._settled = self._settled, len(self._ids)
 
     def _grow(self) -> None:
         new = self._new_text()
-        pending = len(self._ids) - self._settled
-        if new.endswith(_REPLACEMENT) and pending < _LONGEST_CODE_POINT:
-            return  # The last code point may be completed by the next token.
-        self._raw += new
-        self._settled = len(self._ids)
-        self._look_for_stop()
-
-    def _look_for_stop(self) -> None:
-        found = [i for i in (self._raw.find(s, len(self.text)) for s in self._stop) if i >= 0]
-        if found:
-            self.text, self.stopped = self._raw[: min(found)], True
-        elif self._hold:
+        if new.endswith(_REPLACEMENT) and len(self._ids) - self._settled < _LONGEST_OPEN:
+            # The last code point may be completed by the next token; what stands before it may
+            # hold a stop string already.
+            self._look_for_stop(self._raw + new.rstrip(_REPLACEMENT))
+            return
+        self._settle(new)
+        if not self._look_for_stop(self._raw):
             self.text = self._raw[: max(len(self.text), len(self._raw) - self._hold)]
-        else:
-            self.text = self._raw
+
+    def _look_for_stop(self, text: str) -> bool:
+        found = [i for i in (text.find(s, len(self.text)) for s in self._stop) if i >= 0]
+        if found:
+            self.text, self.stopped = text[: min(found)], True
+        return self.stopped

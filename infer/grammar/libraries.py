@@ -1,10 +1,13 @@
 """Grammars by the libraries llguidance and xgrammar, behind our protocol.
 
 Both are compiled code and know more of JSON Schema than `json_schema.py`. They share the protocol
-and the meaning of a mask with the Python backend; each has its own dialect of regular expressions
-and its own opinion on keywords. xgrammar (0.2) leaves some assertions out without a word
-(`uniqueItems`) and lets control characters and surrogates into JSON strings, unescaped. The end of
-sequence is ours in both: the libraries differ in it.
+and the meaning of a mask with the Python backend; each has its own opinion on keywords, and
+xgrammar its own dialect of regular expressions. llguidance (1.9), where an object may have further
+properties, lets a named one be spelled a second time with escapes (`"\\u0061"` for `"a"`), which a
+parser then takes for the value; set `additionalProperties` to false, or use `backend="python"`,
+where that matters. xgrammar (0.2) leaves some assertions out without a word (`uniqueItems`) and
+lets control characters and surrogates into JSON strings, unescaped. The end of sequence is ours in
+both: the libraries differ in it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy as np
 
 from ...errors import InputError
 from .matcher import GrammarMatcher, check_rollback, copy_words, forced_tokens
+from .regex import spelled_out
 from .vocabulary import Vocabulary
 
 _INSTALL = {
@@ -58,8 +62,8 @@ class LLGuidance:
         self._tokens = _TOKENIZERS[vocabulary]
 
     def regex(self, pattern: str) -> LLGuidanceGrammar:
-        """Texts that `pattern` (Rust's syntax, ASCII classes) matches as a whole."""
-        return self.lark(f"start: /{self._library.regex_to_lark(pattern, 'dws')}/")
+        """Texts that `pattern` (in the syntax of `regex.py`) matches as a whole."""
+        return self.lark(f"start: /{spelled_out(pattern)}/")
 
     def json_schema(self, schema: Any, whitespace: int) -> LLGuidanceGrammar:
         """Documents of a schema, white space and escapes as in the Python backend."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Callable
+from typing import Any
 
 from ...errors import InputError
 from .characters import ALL, Characters, characters, negated, of, utf8
@@ -60,23 +62,68 @@ def full_match(pattern: str, encoding: Encoding = utf8) -> Expression:
     Raises:
       InputError: the pattern is not a regular expression, or uses what is not supported.
     """
-    return choice(*(branch.body for branch in _Parser(pattern, encoding).pattern()))
+    algebra = _Algebra(encoding, sequence, choice, repeat)
+    return choice(*(branch.body for branch in _Parser(pattern, algebra).pattern()))
+
+
+def spelled_out(pattern: str) -> str:
+    r"""`pattern` in a form that means the same in every dialect of regular expressions.
+
+    Every character but ASCII letters and digits is written `\u{HEX}` (Rust's and ECMAScript's),
+    every class as its ranges; what no text matches is an empty negated class.
+
+    Raises:
+      InputError: as of `full_match`.
+    """
+    return _choice_text(*(branch.body for branch in _Parser(pattern, _TEXT).pattern()))
 
 
 def search(pattern: str, encoding: Encoding = utf8) -> Expression:
     """The texts in which `pattern` matches somewhere (`re.search`); else as `full_match`."""
-    rest = repeat(encoding(ALL))
+    rest, algebra = repeat(encoding(ALL)), _Algebra(encoding, sequence, choice, repeat)
     return choice(
         *(
             sequence(*[rest] * (not b.at_start), b.body, *[rest] * (not b.at_end))
-            for b in _Parser(pattern, encoding).pattern()
+            for b in _Parser(pattern, algebra).pattern()
         )
     )
 
 
 @dataclasses.dataclass(frozen=True)
+class _Algebra:
+    """What a parser builds of: byte expressions, or another dialect's text."""
+
+    character: Callable[[Characters], Any]
+    sequence: Callable[..., Any]
+    choice: Callable[..., Any]
+    repeat: Callable[[Any, int, int | None], Any]
+
+
+def _character_text(chars: Characters) -> str:
+    def one(c: int) -> str:
+        return chr(c) if chr(c).isascii() and chr(c).isalnum() else f"\\u{{{c:X}}}"
+
+    if len(chars) == 1 and chars[0][0] == chars[0][1]:
+        return one(chars[0][0])
+    if not chars:
+        return f"[^{one(0)}-{one(sys.maxunicode)}]"
+    return "[" + "".join(one(a) if a == b else f"{one(a)}-{one(b)}" for a, b in chars) + "]"
+
+
+def _choice_text(*branches: str) -> str:
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+
+
+def _repeat_text(body: str, low: int, high: int | None) -> str:
+    return f"(?:{body}){{{low},{'' if high is None else high}}}"
+
+
+_TEXT = _Algebra(_character_text, lambda *parts: "".join(parts), _choice_text, _repeat_text)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Branch:
-    body: Expression
+    body: Any
     at_start: bool
     at_end: bool
 
@@ -84,8 +131,8 @@ class _Branch:
 class _Parser:
     """Recursive descent over one pattern."""
 
-    def __init__(self, pattern: str, encoding: Encoding):
-        self._text, self._at, self._encoding = pattern, 0, encoding
+    def __init__(self, pattern: str, algebra: _Algebra):
+        self._text, self._at, self._algebra = pattern, 0, algebra
 
     def pattern(self) -> list[_Branch]:
         branches = [self._top_branch()]
@@ -100,15 +147,15 @@ class _Parser:
         body = self._branch()
         return _Branch(body, at_start, at_end=self._take("$"))
 
-    def _branch(self) -> Expression:
+    def _branch(self) -> Any:
         parts = []
         while self._at < len(self._text) and self._peek() not in "|)":
             if self._peek() == "$" and self._text[self._at + 1 :][:1] in ("", "|"):
                 break
             parts.append(self._quantified())
-        return sequence(*parts)
+        return self._algebra.sequence(*parts)
 
-    def _quantified(self) -> Expression:
+    def _quantified(self) -> Any:
         if self._peek() in "*+?" or self._counts():
             raise self._error("there is nothing to repeat here; escape it to mean the character")
         atom = self._atom()
@@ -127,32 +174,32 @@ class _Parser:
         self._take("?")  # Lazy: another order of trying, the same language.
         if self._at < len(self._text) and (self._peek() in "*+?" or self._counts()):
             raise self._error("a quantifier cannot repeat another; put a group around the first")
-        return repeat(atom, low, high)
+        return self._algebra.repeat(atom, low, high)
 
     def _counts(self) -> re.Match | None:
         found = _COUNTS.match(self._text, self._at)
         # As in Python, `{}` and whatever else is between braces are just characters.
         return found if found and found[0] != "{}" else None
 
-    def _atom(self) -> Expression:
+    def _atom(self) -> Any:
         c = self._next()
         if c == "(":
             return self._group()
         if c == "[":
-            return self._encoding(self._class())
+            return self._algebra.character(self._class())
         if c == ".":
-            return self._encoding(negated(of("\n")))
+            return self._algebra.character(negated(of("\n")))
         if c == "\\":
-            return self._encoding(self._escape())
+            return self._algebra.character(self._escape())
         if c in "^$":
             self._at -= 1
             raise self._error(
                 f"{c!r} is supported at the ends of a top-level branch only; escape it to mean "
                 "the character"
             )
-        return self._encoding(self._character(c))
+        return self._algebra.character(self._character(c))
 
-    def _group(self) -> Expression:
+    def _group(self) -> Any:
         start = self._at - 1
         if self._take("?:"):
             pass
@@ -169,7 +216,7 @@ class _Parser:
         if not self._take(")"):
             self._at = start
             raise self._error("this group is not closed; add ')'")
-        return choice(*branches)
+        return self._algebra.choice(*branches)
 
     def _class(self) -> Characters:
         start, negate, ranges = self._at - 1, self._take("^"), []

@@ -92,7 +92,7 @@ class _Spec:
 class Regex(_Spec):
     """Texts that a regular expression matches as a whole; for the syntax, see `regex.py`.
 
-    The libraries have their own dialects; what `regex.py` lists is common to all.
+    llguidance means by it what the Python backend does; xgrammar has a dialect of its own.
     """
 
     pattern: str

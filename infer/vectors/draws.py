@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ...errors import InputError
 from ...sharding import constrain, kernel_map
 from ..policy import Policy, policy
 
@@ -81,18 +80,8 @@ class ExactState:
 class ChunkPolicy(Policy):
     """How whole chunks are drawn, of one prompt or of every row of a batch."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"chunks"})
     rank: ClassVar[int] = 60
-
-    def __call__(self, logits, context=None):
-        """There are no logits to change.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(
-            "policy has ExactTemperature or BatchTemperature, which are for models that draw whole "
-            "chunks (CALM); this one has logits, so give Temperature"
-        )
 
 
 @policy(static=("stop_early", "draws_per_call"))

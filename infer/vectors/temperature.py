@@ -52,8 +52,8 @@ class ExactTemperature(ChunkPolicy):
     draws_per_call: int = 16
 
     def __post_init__(self):
-        whole, _ = exponent(self.value)
-        _check_counts(self, whole)
+        whole, part = exponent(self.value)
+        _check_counts(self, whole + (part > 0))
 
     @classmethod
     def stack(cls, stages: Sequence[ExactTemperature]) -> ExactRows:

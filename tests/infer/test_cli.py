@@ -61,7 +61,7 @@ def test_drafts(run):
     [
         (["--method=power", "--block=6", "--mcmc_steps=2"], "acceptance of each block"),
         (["--method=smc", "--particles=3"], "effective sample size"),
-        (["--method=beam", "--beams=3"], "scores"),
+        (["--method=beam", "--beams=3", "--policy=min_new_tokens=3"], "scores"),
     ],
     ids=["power", "smc", "beam"],
 )
@@ -81,6 +81,8 @@ def test_methods(run, arguments, reported):
         (["--json_schema=/nowhere.json"], "/nowhere.json"),
         (["--method=power", "--alpha=0.5"], "alpha=0.5"),
         (["--stream", "--num_samples=2"], "--stream"),
+        (["--alpha=2"], "--alpha is for --method=power or smc or lookahead, not sample"),
+        (["--draft_tokens=2"], "--draft_tokens is for --draft"),
     ],
 )
 def test_bad_input_is_one_line(run, capsys, arguments, words):

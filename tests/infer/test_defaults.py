@@ -111,6 +111,17 @@ def test_lengths_and_stops(plain):
         assert settle(model, None, None, None, None, "z").stop == ("z",)
 
 
+def test_a_row_holds_its_own_stop_tokens_back_only(plain):
+    model = dataclasses.replace(plain, defaults=said(min_new_tokens=6, do_sample=False))
+    settings = {"max_new_tokens": 8, "seed": [3, 3]}
+    free = jaxalope.generate(plain, ["ab"], Greedy(), 8, stop_tokens=()).tokens[0]
+    # What the row says of its own accord is its neighbour's stop token.
+    stops = np.array([[5], [free[1]]])
+    both = jaxalope.generate(model, ["ab", "ab"], stop_tokens=stops, **settings)
+    assert both.tokens[0].tolist() == free.tolist()
+    assert free[1] not in both.tokens[1][:6]
+
+
 def test_generate_goes_by_them_and_arguments_win(plain):
     def tokens(out):
         return [row.tolist() for row in out.tokens]

@@ -9,9 +9,18 @@ import pytest
 from toys import hybrid_model
 
 import jaxalope
-from jaxalope import Chain, Greedy, InputError, Temperature
+from jaxalope import (
+    Chain,
+    DraftModel,
+    ExactTemperature,
+    Greedy,
+    InputError,
+    Predicted,
+    Temperature,
+)
 from jaxalope.infer import NextToken
 from jaxalope.infer.driver import decoder_of
+from jaxalope.infer.request import make_batch
 from jaxalope.model import KimiLinearConfig
 from jaxalope.sharding import MeshConfig, make_mesh
 
@@ -144,6 +153,25 @@ def test_sharded_equals_one_device(model):
         np.testing.assert_array_equal(a, b)
 
 
+def test_seeds_are_modulo_two_to_the_32nd(model):
+    def tokens(seed):
+        return [t.tolist() for t in jaxalope.generate(model, ["a", "b"], None, 4, seed=seed).tokens]
+
+    assert tokens(np.int64(2**40 + 3)) == tokens(3) == tokens([3, 2**32 + 4])
+    assert tokens(-1) == tokens(2**32 - 1)
+
+
+def test_few_numbers_of_stop_tokens_are_compiled(model):
+    batches = [make_batch(model, "a", None, 4, 0, list(range(n))).stop_tokens for n in range(9)]
+    assert [b.shape[1] for b in batches] == [1, 1, 2, 4, 4, 8, 8, 8, 8]
+
+
+@pytest.mark.parametrize("policy", [Greedy(), Temperature(0.0)])
+def test_a_greedy_row_of_which_everything_is_forbidden_starves(policy):
+    logits = jnp.full((2, 5), -jnp.inf).at[1, 3].set(0.0)
+    np.testing.assert_array_equal(policy(logits), logits)
+
+
 def test_chain_applies_in_order():
     logits = jnp.array([[0.0, 1.0, 3.0]])
     chained = Chain(Temperature(0.5), Temperature(4.0))(logits)
@@ -159,6 +187,12 @@ def test_chain_applies_in_order():
         ({"prompts": [[1, 999]]}, "token id 999"),
         ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens=0"),
         ({"prompts": ["a", "b"], "seed": [1]}, "seed has 1 entries for 2 prompts"),
+        ({"prompts": "a", "policy": Predicted()}, "Predicted, which reads decoding heads"),
+        ({"prompts": "a", "policy": ExactTemperature(0.5)}, "ExactTemperature, which is for"),
+        (
+            {"prompts": "a", "draft": DraftModel(hybrid_model(), Predicted())},
+            "Predicted, which reads decoding heads",
+        ),
     ],
 )
 def test_bad_input_is_named(model, arguments, words):

@@ -8,7 +8,7 @@ import pytest
 from toys import hybrid_model
 
 import jaxalope
-from jaxalope import InputError, Model, Temperature
+from jaxalope import Chain, Greedy, InputError, Model, NoRepeatNgram, Temperature
 from jaxalope.infer.grammar import Json, JsonSchema, Regex, Vocabulary
 from jaxalope.infer.structured import Guided, GuidedRun
 from jaxalope.sharding import MeshConfig, make_mesh
@@ -139,6 +139,18 @@ def test_on_a_mesh(model):
     for text, reason in zip(out.text, out.finish_reasons, strict=True):
         if reason == "stop":
             json.loads(text)
+
+
+def test_forbidding_stages_of_a_greedy_row_yield_to_the_grammar(model):
+    policy = Chain(NoRepeatNgram(1), Greedy())
+    out = jaxalope.generate(model, ["a"], policy, max_new_tokens=8, grammar=Regex("zzx"))
+    assert out.text[0] == "zzx" and out.starved[0]
+
+
+def test_the_vocabulary_is_read_once_a_model(model, monkeypatch):
+    jaxalope.generate(model, ["a"], max_new_tokens=2, grammar=Regex("ab"))
+    monkeypatch.setattr(Vocabulary, "from_tokenizer", None)
+    jaxalope.generate(model, ["a"], max_new_tokens=2, grammar=Regex("cd"))
 
 
 def test_bad_input_is_named(model):

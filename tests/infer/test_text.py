@@ -54,6 +54,51 @@ def test_what_may_begin_a_stop_string_is_held_back():
     assert stream.finish() == "yz"
 
 
+def byte_fallback():
+    """Llama's way: a token a byte, and a run of bytes that is no text is as many replacements."""
+
+    def decode(ids):
+        data = bytes(ids)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(data)
+
+    return decode
+
+
+def straddling(text):
+    """Tokens of two bytes each, so that characters of three bytes seldom end where a token does."""
+    data = text.encode()
+    table = [data[i : i + 2] for i in range(0, len(data), 2)]
+    return (
+        lambda ids: b"".join(table[i] for i in ids).decode(errors="replace"),
+        list(range(len(table))),
+    )
+
+
+@pytest.mark.parametrize("text", ["日本語で", "สวัสดี", "a日b本語🦌🦌c", "日本語文字" * 5])
+def test_long_runs_of_open_code_points(text):
+    for decode, ids in ((byte_fallback(), list(text.encode())), straddling(text)):
+        stream = TextStream(decode)
+        out = "".join([stream.push([i]) for i in ids]) + stream.finish()
+        assert out == stream.text == text
+
+
+def test_a_stop_string_before_an_open_code_point_is_found_at_once():
+    tokens = [b"a END\xe2", b"\x82", b"\xac"]
+    stream = TextStream(
+        lambda ids: b"".join(tokens[i] for i in ids).decode(errors="replace"), ("END",)
+    )
+    assert stream.push(range(3)) == "a "
+    assert stream.stopped and stream.num_tokens == 1
+
+
+def test_bytes_that_are_no_text_come_after_a_while():
+    stream = TextStream(BYTES.decode)
+    assert "".join(stream.push([0xFF]) for _ in range(64)) == "\ufffd" * 64
+
+
 def test_the_earliest_stop_string_wins():
     assert pieces("abcdef", stop=("def", "c"))[1].text == "ab"
 
