@@ -46,7 +46,7 @@ def main(argv):
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     model = jaxalope.load(_MODEL.value)
     data = experiment_from_dict(read_document(_MODEL.value, "experiment")).data
-    batches = list(eval_batches(data, model.tokenizer, _BATCHES.value, 0, 1))
+    batches = list(eval_batches(data, model.tokenizer, _BATCHES.value))
     models = {"float32": model, "int8": quantize_weights(model)}
     for size in _TILES.value:
         models[f"int8, tiles of {size}"] = quantize_weights(model, tile_size=size)

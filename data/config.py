@@ -89,9 +89,9 @@ class DataConfig:
         one.)
       seed: order of the documents and of the mixture, below 2**32.
       shuffle: a new order of the documents each epoch; otherwise they come as stored.
-      num_streams: V, the number of independent readers that fill a batch; it fixes the batches, and
-        the number of processes has to divide it. None: the largest divisor of `batch_size` up to
-        64.
+      num_streams: V, the number of independent readers that fill a batch; it fixes the batches.
+        Each fills a block of neighbouring rows, and a process has to have all of these or none.
+        None: the largest divisor of `batch_size` up to 64.
       prefetch_batches: batches made ahead in a thread; 0 makes them when asked.
       read_threads: threads per stream and source that read and tokenize documents ahead, for
         storage with a long delay; 0 reads when needed.

@@ -4,9 +4,9 @@ A global batch is filled by V streams, fixed by the settings whatever the number
 stream v packs documents v, v + V, v + 2V, ... of every source's endless, per-epoch shuffled
 sequence of documents (dealt out like cards: so a corpus with fewer documents than streams works
 too, its next epochs are dealt to the streams that the first one did not reach), and fills the v-th
-of V equal blocks of rows in every batch. A process owns a block of streams. Which source a row
-comes from depends on its number in the run. So nothing depends on how many processes there are, and
-the state of a run is that of its V streams.
+of V equal blocks of rows in every batch. A process reads the streams that fill its rows. Which
+source a row comes from depends on its number in the run. So nothing depends on how many processes
+there are, or on who has which rows, and the state of a run is that of its V streams.
 """
 
 import collections
@@ -25,7 +25,17 @@ from .config import DataConfig
 from .documents import Split
 from .packing import Row
 from .shuffle import shuffled
-from .streams import Batch, BatchDataset, open_sources, packed_rows, pad_id, source_of_rows, stack
+from .streams import (
+    Batch,
+    BatchDataset,
+    RowBlocks,
+    open_sources,
+    packed_rows,
+    pad_id,
+    source_of_rows,
+    stack,
+    streams_of_rows,
+)
 from .tokenizers import Tokenizer
 
 # Evaluation always reads through this many, so that its rows depend on T and the corpus only.
@@ -36,8 +46,8 @@ _REMEMBERED_STEPS = 64
 class Pipeline:
     """Endless training batches of one process. Close it, or use it as a context manager.
 
-    A batch is a dict of arrays [b, T], int32 but for the weights, b = batch_size / process_count
-    rows of the global batch (the block that belongs to this process):
+    A batch is a dict of arrays [b, T], int32 but for the weights, of those b rows of the global
+    batch that belong to this process, in their order:
       `tokens`: ids.
       `segment_ids`: 1, 2, ... along a row, 0 for padding; attention stays within a segment.
       `positions`: from 0 in every segment.
@@ -53,38 +63,34 @@ class Pipeline:
         config: DataConfig,
         tokenizer: Tokenizer,
         split: Split = "train",
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: RowBlocks | None = None,
     ):
         """Opens the sources; reads documents only when the first batch is asked for.
 
+        Args:
+          config: what batches are made of.
+          tokenizer: the run's.
+          split: which documents.
+          rows: those of the global batch that this process fills; all of them if None. Others may
+            fill the same ones.
+
         Raises:
-          InputError: a source is missing or empty, or `process_count` does not divide the streams.
+          InputError: a source is missing or empty, or `rows` has a part of a stream's rows.
         """
-        num_streams = config.streams
-        if num_streams % process_count:
-            raise InputError(
-                f"data: {process_count} processes cannot share num_streams={num_streams} evenly. "
-                f"Set num_streams to a multiple of {process_count} that divides "
-                f"batch_size={config.batch_size}."
-            )
-        if not 0 <= process_index < process_count:
-            raise InputError(
-                f"data: process_index={process_index} is not one of the {process_count} processes."
-            )
+        blocks = [range(config.batch_size)] if rows is None else rows
+        self._rows = list(itertools.chain(*blocks))
+        self._streams = streams_of_rows(config, blocks)
         opened = open_sources(config, split)
         if split == "eval" and config.eval_sources:
             # From here on its sources are the ones that are read.
             config = dataclasses.replace(config, sources=config.eval_sources, eval_sources=())
         self.config = config
         seeds = np.random.SeedSequence(config.seed).generate_state(len(opened))
-        share = num_streams // process_count
-        self._streams = range(process_index * share, (process_index + 1) * share)
         self._layout = {
             "split": split,
             "sequence_length": config.sequence_length,
             "batch_size": config.batch_size,
-            "num_streams": num_streams,
+            "num_streams": config.streams,
             "packing": config.packing,
             "add_bos": config.add_bos,
             "align": config.align,
@@ -101,7 +107,7 @@ class Pipeline:
             for (_, source), seed in zip(opened, seeds, strict=True)
         ]
         rows = {
-            v: [packed_rows(config, tokenizer, ds.repeat(), v, num_streams) for ds in documents]
+            v: [packed_rows(config, tokenizer, ds.repeat(), v, config.streams) for ds in documents]
             for v in self._streams
         }
         batches = grain.experimental.ThreadPrefetchIterDataset(
@@ -142,12 +148,11 @@ class Pipeline:
             step = self.step - 1
         if step not in self._pieces:
             return f"batch {step} (no longer, or not yet, in memory)"
-        first = self._streams[0] * (self.config.batch_size // self.config.streams)
         rows = (
-            f"row {first + r}: "
+            f"row {row}: "
             + ", ".join(f"{name} from token {offset}" for name, offset in pieces[:3])
             + (f" and {len(pieces) - 3} more" if len(pieces) > 3 else "")
-            for r, pieces in enumerate(self._pieces[step])
+            for row, pieces in zip(self._rows, self._pieces[step], strict=True)
         )
         return f"batch {step} (seed {self.config.seed}); " + "; ".join(rows)
 
@@ -233,8 +238,7 @@ def eval_batches(
     config: DataConfig,
     tokenizer: Tokenizer,
     num_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: RowBlocks | None = None,
 ) -> Iterator[Batch]:
     """One pass over the held-out documents, the same every time and for every seed.
 
@@ -242,27 +246,20 @@ def eval_batches(
       config: `eval_sources`, or the held-out side of `sources`.
       tokenizer: the run's.
       num_batches: stop after so many; None: when all documents have been read.
-      process_index: which rows of every batch to return; every process gets the same number of
-        batches.
-      process_count: has to divide `batch_size`.
+      rows: which of every batch to return; all of them if None. Every process gets the same number
+        of batches.
 
     Yields:
       Batches as `Pipeline` does. Rows that are missing in the last one are padding (segment 0).
 
     Raises:
-      InputError: nothing is held out, or the rows cannot be divided.
+      InputError: nothing is held out.
     """
-    if config.batch_size % process_count:
-        raise InputError(
-            f"data: {process_count} processes cannot share batch_size={config.batch_size} evenly."
-        )
-    opened = open_sources(config, "eval")
-    return _eval_batches(config, tokenizer, opened, num_batches, process_index, process_count)
+    mine = list(range(config.batch_size) if rows is None else itertools.chain(*rows))
+    return _eval_batches(config, tokenizer, open_sources(config, "eval"), num_batches, mine)
 
 
-def _eval_batches(config, tokenizer, opened, num_batches, process_index, process_count):
-    share = config.batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
+def _eval_batches(config, tokenizer, opened, num_batches, mine):
     rows = _eval_rows(config, tokenizer, opened)
     length = config.sequence_length
     blank = np.full(length, pad_id(tokenizer), np.int32)
@@ -278,7 +275,7 @@ def _eval_batches(config, tokenizer, opened, num_batches, process_index, process
             return
         weights = zeros.astype(np.float32) if config.has_prompts else None
         batch += [Row(blank, zeros, zeros, (), weights)] * (config.batch_size - len(batch))
-        yield stack(batch[mine])
+        yield stack([batch[r] for r in mine])
         made += 1
 
 

@@ -4,6 +4,7 @@ A stream reads its share of the documents of every source and packs it. Which so
 from depends on the row's number in the run alone.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from .readers import open_source
 from .tokenizers import Tokenizer
 
 Batch = dict[str, Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T"]]
+
+# Which rows of a batch: blocks of neighbours, in ascending order.
+RowBlocks = Sequence[range]
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
@@ -94,6 +98,29 @@ def packed_rows(
         pad_id(tokenizer),
         weighted=config.has_prompts,
     )
+
+
+def streams_of_rows(config: DataConfig, blocks: RowBlocks) -> list[int]:
+    """The streams that fill these rows of a batch, in their order.
+
+    Raises:
+      InputError: a block has a part of a stream's rows, or rows that are not there.
+    """
+    size, num_streams = config.batch_size, config.streams
+    per_stream = size // num_streams
+    for block in blocks:
+        if not 0 <= block.start < block.stop <= size:
+            raise InputError(f"data: {block} is no block of the rows of batch_size={size}.")
+    cut = [b for b in blocks if b.start % per_stream or b.stop % per_stream]
+    if cut:
+        most = math.gcd(size, *(edge for b in blocks for edge in (b.start, b.stop)))
+        raise InputError(
+            f"data: num_streams={num_streams} cannot be used: a process has to fill rows "
+            f"{cut[0].start} to {cut[0].stop - 1} of batch_size={size}, and a stream fills "
+            f"{per_stream} neighbours. Set num_streams to a multiple of {size // most} that "
+            "divides batch_size."
+        )
+    return [v for b in blocks for v in range(b.start // per_stream, b.stop // per_stream)]
 
 
 def source_of_rows(weights: Sequence[float], rows: np.ndarray) -> np.ndarray:

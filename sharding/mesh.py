@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from ..errors import InputError
@@ -51,15 +54,34 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with all of ``MESH_AXES``, unused ones of size 1, over ``devices`` (all if None)."""
+    """A mesh with all of ``MESH_AXES``, unused ones of size 1, over ``devices`` (all if None).
+
+    On a TPU slice neighbours on an axis are neighbours in the network, so the devices of a host are
+    not always neighbours on one.
+
+    Raises:
+        InputError: the sizes do not fit the devices, or how these are connected.
+    """
     devices = jax.devices() if devices is None else list(devices)
-    axis_type = AxisType.Explicit if config.explicit else AxisType.Auto
-    return jax.make_mesh(
-        config.shape(len(devices)),
-        MESH_AXES,
-        axis_types=(axis_type,) * len(MESH_AXES),
-        devices=devices,
-    )
+    shape = config.shape(len(devices))
+    types = (AxisType.Explicit if config.explicit else AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    except (NotImplementedError, AssertionError):
+        # On most slices it gives an axis whole physical axes only, which not all sizes allow.
+        return Mesh(_split_physical_axes(shape, devices), MESH_AXES, axis_types=types)
+
+
+def _split_physical_axes(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """``devices`` in this shape, where several mesh axes may share a physical axis of the slice."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, AssertionError) as error:
+        raise InputError(
+            f"mesh sizes {dict(zip(MESH_AXES, shape, strict=True))} cannot be laid over these "
+            f"{len(devices)} x {devices[0].device_kind}: change a mesh.* field, or the devices, "
+            f"which have to be a whole box of a TPU slice ({textwrap.shorten(str(error), 200)})"
+        ) from error
 
 
 @contextlib.contextmanager

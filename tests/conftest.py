@@ -42,6 +42,15 @@ jaxtyping.install_import_hook(["jaxalope.layers", "jaxalope.model"], "beartype.b
 
 
 @pytest.fixture
+def absent_slice():
+    """``absent_slice(topology)``: the devices of a TPU slice that is not there. Needs libtpu."""
+    pytest.importorskip("libtpu")
+    from jaxalope.sharding import absent_devices  # After the hook below, which checks shapes.
+
+    return absent_devices
+
+
+@pytest.fixture
 def unchecked_shapes():
     """Turns the shape checks off, for tests of the messages that users get without them."""
     jaxtyping.config.update("jaxtyping_disable", True)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from ..configs.experiment import Experiment
 from ..errors import InputError
+from .feed import rows_by_process
 from .hardware import peak_of_kind
 from .step import abstract_state, batch_sharding, make_train_step
 
@@ -59,9 +60,12 @@ def estimate(experiment: Experiment, mesh: Mesh | None) -> Estimate:
     Call it inside ``use_mesh(mesh, experiment.rules)`` where there is a mesh.
 
     Raises:
-        InputError: the experiment does not fit the mesh, or the step not a device's memory.
+        InputError: the experiment does not fit the mesh, or the rows of one of its processes, or
+            the step not a device's memory.
     """
     graphdef, state = abstract_state(experiment, mesh)
+    if mesh is not None:
+        rows_by_process(experiment, mesh)
     shape = (experiment.data.batch_size, experiment.data.sequence_length)
     place = None if mesh is None else batch_sharding(experiment, mesh)
     batch = {

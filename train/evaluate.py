@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -25,7 +24,6 @@ def make_evaluation(
     graphdef: nnx.GraphDef,
     tokenizer: Tokenizer,
     feed: Feed,
-    share: tuple[int, int],
 ) -> Evaluate:
     """A function from a state to its held-out numbers, on the same batches every time.
 
@@ -38,16 +36,13 @@ def make_evaluation(
         experiment: its settings.
         graphdef: the module's structure.
         tokenizer: the run's.
-        feed: puts batches on the devices.
-        share: which of how many blocks of rows this process reads.
+        feed: puts batches on the devices, and knows which rows this process reads.
 
     Raises:
         InputError: nothing is held out.
     """
-    config, parts = experiment.data, experiment.train.accumulation
-    # As many rows at once as a microbatch has: what fits for training fits here.
-    rows = dataclasses.replace(config, batch_size=config.batch_size // parts, num_streams=None)
-    batches = list(eval_batches(rows, tokenizer, experiment.train.eval_batches * parts, *share))
+    count = experiment.train.eval_batches
+    batches = list(eval_batches(experiment.data, tokenizer, count, feed.rows))
     eval_step = make_eval_step(experiment, graphdef)
     in_bytes = isinstance(tokenizer, ByteTokenizer)
     # A vector's loss is a distance, and a text that was read is given back for nothing.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -12,35 +13,49 @@ from jaxtyping import Array, Int
 
 from ..configs.experiment import Experiment
 from ..data.pipeline import Pipeline
+from ..data.streams import RowBlocks, streams_of_rows
 from ..errors import InputError
 from .step import batch_sharding
 
 DeviceBatch = dict[str, Int[Array, "B T"]]
 
 
-def data_share(experiment: Experiment, mesh: Mesh | None) -> tuple[int, int]:
-    """``(index, count)``: which of how many equal blocks of a batch's rows this process feeds.
+def data_rows(experiment: Experiment, mesh: Mesh | None) -> RowBlocks:
+    """The rows of a batch that this process feeds, in ascending blocks.
 
-    Usually a block a process; processes that only split the model between them share one.
+    Their number and places follow from where the mesh has this process's devices. Processes that
+    split the model between them feed the same rows.
 
     Raises:
-        InputError: the rows of a process are not one block.
+        InputError: some process's rows do not go with ``data.num_streams``.
     """
     if mesh is None:
-        return 0, 1
-    shape = (experiment.data.batch_size, experiment.data.sequence_length)
-    places = batch_sharding(experiment, mesh).addressable_devices_indices_map(shape)
-    blocks = sorted({rows.indices(shape[0])[:2] for rows, _ in places.values()})
-    begin, end = blocks[0][0], blocks[-1][1]
-    size = end - begin
-    joined = all(a[1] == b[0] for a, b in itertools.pairwise(blocks))
-    if not joined or shape[0] % size or begin % size:
-        raise InputError(
-            f"mesh: process {jax.process_index()} holds the rows {blocks} of a batch, which are "
-            "not one block; make mesh.data x mesh.fsdp a multiple of the number of processes, or "
-            "a divisor of it"
-        )
-    return begin // size, shape[0] // size
+        return (range(experiment.data.batch_size),)
+    return rows_by_process(experiment, mesh)[jax.process_index()]
+
+
+def rows_by_process(experiment: Experiment, mesh: Mesh) -> dict[int, RowBlocks]:
+    """The rows of a batch that each process of ``mesh`` feeds; its devices need not be there.
+
+    Raises:
+        InputError: some process's rows do not go with ``data.num_streams``.
+    """
+    config = experiment.data
+    shape = (config.batch_size, config.sequence_length)
+    held = collections.defaultdict(set)
+    for device, index in batch_sharding(experiment, mesh).devices_indices_map(shape).items():
+        held[device.process_index] |= set(range(config.batch_size)[index[0]])
+    blocks = {process: _blocks(rows) for process, rows in held.items()}
+    # All processes are asked about all, so that none is left waiting for one that has stopped.
+    streams_of_rows(config, list(itertools.chain(*blocks.values())))
+    return blocks
+
+
+def _blocks(rows: Iterable[int]) -> RowBlocks:
+    """``rows`` in ascending blocks, each as long as it can be."""
+    ordered = np.array(sorted(rows))
+    blocks = np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1)
+    return tuple(range(int(block[0]), int(block[-1]) + 1) for block in blocks)
 
 
 class Feed:
@@ -50,13 +65,18 @@ class Feed:
         experiment: gives the vocabulary and the placement.
         pipeline: of this process's rows.
         mesh: where batches go; None is one device.
+
+    Attributes:
+        rows: which of a batch's rows this process feeds.
     """
 
     def __init__(self, experiment: Experiment, pipeline: Pipeline, mesh: Mesh | None):
         self._pipeline = pipeline
         self._vocab_size = experiment.model.vocab_size
         self._sharding = None if mesh is None else batch_sharding(experiment, mesh)
-        self._count = data_share(experiment, mesh)[1]
+        self._size = experiment.data.batch_size
+        self.rows = data_rows(experiment, mesh)
+        self._places = {row: i for i, row in enumerate(itertools.chain(*self.rows))}
 
     def __iter__(self) -> Iterator[DeviceBatch]:
         return self
@@ -77,9 +97,13 @@ class Feed:
         """This process's rows ``[b, T]`` as its part of a batch ``[B, T]`` on the devices."""
         if self._sharding is None:
             return jax.device_put(dict(batch))
-        return {
-            name: jax.make_array_from_process_local_data(
-                self._sharding, rows, (rows.shape[0] * self._count, *rows.shape[1:])
-            )
-            for name, rows in batch.items()
-        }
+        return {name: self._spread(rows) for name, rows in batch.items()}
+
+    def _spread(self, rows: np.ndarray) -> jax.Array:
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = range(self._size)[index[0]]
+            first = self._places[wanted[0]]  # The others follow: they are of one block.
+            return rows[first : first + len(wanted), *index[1:]]
+
+        shape = (self._size, *rows.shape[1:])
+        return jax.make_array_from_callback(shape, self._sharding, of_device)

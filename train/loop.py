@@ -16,7 +16,7 @@ from ..data.pipeline import Pipeline
 from ..sharding import make_mesh, use_mesh
 from .checkpoints import TrainCheckpoints
 from .evaluate import make_evaluation
-from .feed import Feed, data_share
+from .feed import Feed, data_rows
 from .hardware import peak_flops
 from .init_from import check_source
 from .interrupt import StopRequest
@@ -88,12 +88,12 @@ def train(
         stop = stack.enter_context(StopRequest())
 
         # What to read.
-        share = data_share(experiment, mesh)
-        pipeline = stack.enter_context(Pipeline(experiment.data, tokenizer, "train", *share))
+        rows = data_rows(experiment, mesh)
+        pipeline = stack.enter_context(Pipeline(experiment.data, tokenizer, "train", rows))
         feed = Feed(experiment, pipeline, mesh)
         evaluate = None
         if config.eval_every is not None:
-            evaluate = make_evaluation(experiment, graphdef, tokenizer, feed, share)
+            evaluate = make_evaluation(experiment, graphdef, tokenizer, feed)
 
         # Where to begin.
         checkpoints = stack.enter_context(TrainCheckpoints(workdir, experiment))

@@ -281,7 +281,7 @@ def make_train_step(
 def _accumulate(loss_fn, trained, batch: Batch, key: jax.Array, parts: int):
     """Every loss term's gradient, and the sums, of the whole batch in ``parts`` microbatches."""
 
-    def grad_fn(trained, batch, key):
+    def grad_fn(batch, key):
         terms, pull_back, sums = jax.vjp(
             lambda trained: loss_fn(trained, batch, key), trained, has_aux=True
         )
@@ -291,23 +291,44 @@ def _accumulate(loss_fn, trained, batch: Batch, key: jax.Array, parts: int):
 
         return {term: gradient(term) for term in terms}, sums
 
+    def zeros(batch, key):
+        terms, sums = jax.eval_shape(loss_fn, trained, batch, key)
+        gradient = {n: jnp.zeros_like(x, jnp.float32) for n, x in trained.items()}
+        return {term: gradient for term in terms}, _zeros(sums)
+
+    return _sum_over_parts(grad_fn, zeros, batch, key, parts)
+
+
+def _sum_over_parts(
+    fn: Callable[[Batch, jax.Array], Any],
+    zeros: Callable[[Batch, jax.Array], Any],
+    batch: Batch,
+    key: jax.Array,
+    parts: int,
+) -> Any:
+    """The sum of ``fn(microbatch, key)`` over ``parts`` microbatches, one after the other.
+
+    Args:
+        fn: to a pytree of arrays.
+        zeros: what the sum begins with, from the first microbatch and its key.
+        batch: whole, with all that is drawn for it.
+        key: each microbatch gets one of its own.
+        parts: divides the rows.
+    """
     if parts == 1:
-        return grad_fn(trained, batch, jax.random.fold_in(key, 0))
+        return fn(batch, jax.random.fold_in(key, 0))
     micro = {name: split_rows(x, parts) for name, x in batch.items()}
-    first = {name: x[0] for name, x in micro.items()}
-    terms, shapes = jax.eval_shape(loss_fn, trained, first, key)
-    zero = (
-        {t: {n: jnp.zeros_like(x, jnp.float32) for n, x in trained.items()} for t in terms},
-        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-    )
 
     def body(total, part):
         i, batch = part
-        return jax.tree.map(
-            jnp.add, total, grad_fn(trained, batch, jax.random.fold_in(key, i))
-        ), None
+        return jax.tree.map(jnp.add, total, fn(batch, jax.random.fold_in(key, i))), None
 
-    return jax.lax.scan(body, zero, (jnp.arange(parts), micro))[0]
+    start = zeros({name: x[0] for name, x in micro.items()}, key)
+    return jax.lax.scan(body, start, (jnp.arange(parts), micro))[0]
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def _balance(
@@ -398,17 +419,28 @@ def make_eval_step(
 ) -> Callable[..., dict[str, jax.Array]]:
     """The jitted ``(params, batch, number) -> sums``: add them up, then :func:`summarise`.
 
-    Random objectives draw the same numbers at every evaluation, others for each ``number``.
+    ``batch`` holds as many rows as one of training (``train.accumulation`` has to divide them), and
+    is taken in as many parts: what fits for training fits here. Random objectives draw the same
+    numbers for it at every evaluation, however many parts there are, and others for each
+    ``number``.
     """
+    config = experiment.train
     objective = make_objective(experiment.objective, training=False)
     draw = make_draw(experiment.objective)
 
     def eval_step(params: Params, batch: Batch, number: int = 0) -> dict[str, jax.Array]:
-        model, key = nnx.merge(graphdef, params), _data_key(experiment.train.seed)
+        model, key = nnx.merge(graphdef, params), _data_key(config.seed)
         key = jax.random.fold_in(key, number)
-        loss, weight, sums = objective(model, draw(model, batch, key), key)
-        sums.pop("stats", None)
-        return jax.tree.map(replicate, {"loss": loss, "weight": weight, **sums})
+
+        def measure(batch, key):
+            loss, weight, sums = objective(model, batch, key)
+            sums.pop("stats", None)
+            return jax.tree.map(replicate, {"loss": loss, "weight": weight, **sums})
+
+        def zeros(batch, key):
+            return _zeros(jax.eval_shape(measure, batch, key))
+
+        return _sum_over_parts(measure, zeros, draw(model, batch, key), key, config.accumulation)
 
     return jax.jit(eval_step)
 

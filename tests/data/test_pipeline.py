@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -92,27 +93,37 @@ def test_resuming_after_any_step_gives_the_same_batches(config, packing, prefetc
         assert_same([b for b, _ in resumed], batches[n + 1 : n + 4])
 
 
+# Eight rows of four streams, as they may be dealt to processes: in blocks of neighbours or not, and
+# to some that split the model between them, and so feed the same rows.
+DEALS = [
+    [[range(0, 4)], [range(4, 8)]],
+    [[range(0, 2), range(6, 8)], [range(2, 6)]],
+    [[range(0, 2), range(4, 6)]] * 2 + [[range(2, 4), range(6, 8)]] * 2,
+    [[range(2 * i, 2 * i + 2)] for i in (3, 1, 0, 2)],
+    [None],
+]
+
+
+def put_together(parts, deal):
+    """The global batch of the parts that processes have of it."""
+    whole = {k: np.full((8, *v.shape[1:]), -1, v.dtype) for k, v in parts[0].items()}
+    for part, rows in zip(parts, deal, strict=True):
+        numbers = list(range(8) if rows is None else itertools.chain(*rows))
+        for name, values in part.items():
+            whole[name][numbers] = values
+    return whole
+
+
 @pytest.mark.parametrize("packing", ["concat", "first_fit"])
-def test_batches_do_not_depend_on_the_number_of_processes(config, packing):
+def test_batches_do_not_depend_on_which_process_has_which_rows(config, packing):
     config = dataclasses.replace(config, packing=packing)
-    expected = [b for b, _ in take(config, 10)]
-
-    def together(parts):
-        return [
-            {k: np.concatenate([p[s][0][k] for p in parts]) for k in parts[0][s][0]}
-            for s in range(len(parts[0]))
-        ]
-
-    state = None
-    made = []
-    for processes in (2, 4, 1):  # The number of machines changes twice on the way.
-        parts = [
-            take(config, 3, state, process_index=i, process_count=processes)
-            for i in range(processes)
-        ]
-        made += together(parts)
+    expected = [b for b, _ in take(config, 3 * len(DEALS))]
+    state, made = None, []
+    for deal in DEALS:  # The machines change on the way.
+        parts = [take(config, 3, state, rows=rows) for rows in deal]
+        made += [put_together([p[s][0] for p in parts], deal) for s in range(3)]
         state = merge_states([p[-1][1] for p in parts])
-    assert_same(made, expected[:9])
+    assert_same(made, expected)
 
 
 @pytest.mark.parametrize("packing", ["concat", "first_fit"])
@@ -226,7 +237,7 @@ def test_state_is_refused_by_another_run(config, corpora, tmp_path):
     tokenizer.fingerprint = "other"
     with pytest.raises(InputError, match="tokenizer: "), Pipeline(config, tokenizer) as pipeline:
         pipeline.restore(state)
-    ((_, part),) = take(config, 1, process_index=0, process_count=2)
+    ((_, part),) = take(config, 1, rows=[range(4)])
     with pytest.raises(InputError, match=r"lacks streams \[2, 3\]"):
         take(config, 1, part)
     with pytest.raises(InputError, match="not the state"):
@@ -252,21 +263,29 @@ def test_a_corpus_that_changed_or_moved(corpora, tmp_path):
         take(at(tmp_path / "two"), 1, straight[0][1])
 
 
-def test_processes_that_do_not_fit(config):
-    with pytest.raises(InputError, match="3 processes cannot share num_streams=4"):
-        Pipeline(config, TOKENIZER, process_count=3)
-    with pytest.raises(InputError, match="process_index=2"):
-        Pipeline(config, TOKENIZER, process_index=2, process_count=2)
+def test_rows_that_do_not_fit(config):
+    with pytest.raises(
+        InputError,
+        match=r"num_streams=4 cannot be used: .* rows 5 to 7 of batch_size=8, and a stream fills 2 "
+        r"neighbours\. Set num_streams to a multiple of 8 that divides",
+    ):
+        Pipeline(config, TOKENIZER, rows=[range(0, 4), range(5, 8)])
+    with pytest.raises(InputError, match=r"num_streams=2 .* multiple of 4 that"):
+        Pipeline(dataclasses.replace(config, num_streams=2), TOKENIZER, rows=[range(2, 4)])
+    for rows in (range(6, 10), range(-2, 2), range(4, 4)):
+        with pytest.raises(InputError, match=r"range.* is no block of the rows of batch_size=8"):
+            Pipeline(config, TOKENIZER, rows=[rows])
 
 
 def test_identity_names_the_documents_of_a_batch(config):
-    with Pipeline(config, TOKENIZER, process_index=1, process_count=2) as pipeline:
+    with Pipeline(config, TOKENIZER, rows=[range(0, 2), range(4, 8)]) as pipeline:
         assert "not yet" in pipeline.describe(0)
         for _ in range(3):
             next(pipeline)
         text = pipeline.describe()
-        assert text.startswith("batch 2 (seed 0); row 4: ")
-        assert "a.jsonl:" in text and "row 7: " in text and "row 3" not in text
+        assert text.startswith("batch 2 (seed 0); row 0: ")
+        assert "a.jsonl:" in text and "row 7: " in text
+        assert re.findall(r"row (\d)", text) == ["0", "1", "4", "5", "6", "7"]
         assert pipeline.describe(1).startswith("batch 1 ") and pipeline.describe(1) != text
 
 
@@ -343,21 +362,17 @@ def test_evaluation_is_one_pass_over_what_training_never_sees(config, packing):
     assert empty.any() and (last["tokens"][empty] == TOKENIZER.pad_id).all()
 
 
-def test_evaluation_is_the_same_for_any_seed_process_count_and_batch_size(config):
+def test_evaluation_is_the_same_for_any_seed_rows_of_a_process_and_batch_size(config):
     rows = np.concatenate([b["tokens"] for b in eval_batches(config, TOKENIZER)])
     other = dataclasses.replace(config, seed=9, batch_size=2, num_streams=None, shuffle=False)
     smaller = np.concatenate([b["tokens"] for b in eval_batches(other, TOKENIZER)])
     assert np.array_equal(rows[: len(smaller)], smaller)
     assert (rows[len(smaller) :] == TOKENIZER.pad_id).all()
-    parts = [
-        [b["tokens"] for b in eval_batches(config, TOKENIZER, process_index=i, process_count=2)]
-        for i in range(2)
-    ]
-    joined = [np.concatenate(batch) for batch in zip(*parts, strict=True)]
-    assert np.array_equal(np.concatenate(joined), rows)
+    for deal in DEALS:
+        parts = [eval_batches(config, TOKENIZER, rows=own) for own in deal]
+        joined = [put_together(batch, deal)["tokens"] for batch in zip(*parts, strict=True)]
+        assert np.array_equal(np.concatenate(joined), rows)
     assert len(list(eval_batches(config, TOKENIZER, num_batches=1))) == 1
-    with pytest.raises(InputError, match="3 processes"):
-        eval_batches(config, TOKENIZER, process_count=3)
 
 
 def test_separate_evaluation_sources(config, corpora):

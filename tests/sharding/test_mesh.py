@@ -36,6 +36,25 @@ def test_sizes_that_do_not_fit(sizes, words):
         MeshConfig(**sizes).shape(8)
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"data": 1, "fsdp": -1, "tensor": 2}, {"data": 2, "fsdp": -1}, {"context": 8}]
+)
+@pytest.mark.parametrize("explicit", [True, False])
+def test_mesh_axes_may_share_an_axis_of_the_slice(absent_slice, sizes, explicit):
+    """Two and eight divide a slice of 4 x 4 chips, though neither is the size of its axes."""
+    devices = absent_slice("v6e:4x4")
+    config = MeshConfig(**sizes, explicit=explicit)
+    mesh = make_mesh(config, devices)
+    assert tuple(mesh.shape.values()) == config.shape(16) and mesh.axis_names == MESH_AXES
+    assert set(mesh.devices.flat) == set(devices)
+    assert set(mesh.axis_types) == {AxisType.Explicit if explicit else AxisType.Auto}
+
+
+def test_devices_that_are_no_box_of_the_slice(absent_slice):
+    with pytest.raises(InputError, match=r"'data': 3.* these 3 x TPU v6 lite: change a mesh\.\*"):
+        make_mesh(MeshConfig(), absent_slice("v6e:4x4")[:3])
+
+
 def test_half_an_address_is_refused():
     with pytest.raises(InputError, match="give all three"):
         start("localhost:1234")

@@ -1,6 +1,7 @@
 """A language model of a few hundred numbers with every sort of parameter, and experiments on it."""
 
 import dataclasses
+import socket
 import types
 
 import jax
@@ -115,3 +116,11 @@ def _experiment(rows=8, length=8, **changes):
 def toy():
     """``toy.build(key)``, ``toy.batch(rows, length, seed)`` and ``toy.experiment(**changes)``."""
     return types.SimpleNamespace(build=Toy, batch=_batch, experiment=_experiment, vocab_size=VOCAB)
+
+
+@pytest.fixture
+def free_port():
+    """A port of this machine on which the processes of a test can meet."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]

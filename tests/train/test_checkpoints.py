@@ -64,7 +64,8 @@ def test_data_states_of_several_processes_are_stored_apart_and_restored_by_one(
     """The second process writes its own document beside that of the first."""
     workdir, _, _ = open_workdir(tmp_path, bigram)
     tokenizer = load_tokenizer("bytes")
-    pipelines = [Pipeline(bigram.data, tokenizer, "train", i, 2) for i in range(2)]
+    halves = [range(0, 4)], [range(4, 8)]
+    pipelines = [Pipeline(bigram.data, tokenizer, rows=rows) for rows in halves]
     whole = Pipeline(bigram.data, tokenizer)
     for _ in range(3):
         parts = [next(p)["tokens"] for p in pipelines]

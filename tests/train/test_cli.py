@@ -78,9 +78,9 @@ def test_dry_run_prints_experiment_parameters_and_memory_and_makes_nothing(run, 
     assert re.search(r"a whole train step, a device +\d", out)
 
 
+@pytest.mark.usefixtures("absent_slice")
 def test_dry_run_compiles_for_a_slice_that_is_not_there(run):
     """Needs libtpu, which Linux developers have, and no TPU."""
-    pytest.importorskip("libtpu")
     command = [f"--config={BIGRAM}", "--dry_run", "--topology=v5e:2x2"]
     status, out, _ = run(*command, "--set=mesh.fsdp=4", "--set=mesh.data=1")
     assert status == 0 and out.endswith("devices: 4 x TPU v5 lite\n")
@@ -89,6 +89,15 @@ def test_dry_run_compiles_for_a_slice_that_is_not_there(run):
     status, out, err = run(*command, "--set=model.hidden_size=20_000_000")
     assert status == 2 and err.count("\n") == 1
     assert "does not fit a device" in err and "raise train.accumulation or mesh.fsdp" in err
+
+
+@pytest.mark.usefixtures("absent_slice")
+def test_dry_run_asks_for_every_host_of_the_slice(run):
+    """What is wrong with the rows of another process than this one."""
+    command = [f"--config={BIGRAM}", "--dry_run", "--topology=v5e:4x4", "--set=data.batch_size=64"]
+    status, _, err = run(*command, "--set=data.num_streams=8")
+    assert status == 2 and err.count("\n") == 1
+    assert "num_streams=8 cannot be used" in err and "a multiple of 16 that divides" in err
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,8 @@ from jaxalope.configs.overlay import overlay
 from jaxalope.configs.registry import get_experiment
 from jaxalope.errors import InputError
 from jaxalope.model import checkpoint
-from jaxalope.sharding import make_mesh
 from jaxalope.train import feed, loop, workdir
-from jaxalope.train.feed import Feed, data_share
+from jaxalope.train.feed import Feed
 from jaxalope.train.ledger import Ledger, NonFiniteLoss
 from jaxalope.train.loop import train
 from jaxalope.train.metrics import read_metrics
@@ -290,12 +289,6 @@ def test_eight_devices_equal_one_and_a_run_moves_between_them(bigram, straight, 
     result = train(bigram, tmp_path, devices=ONE, quiet=True)  # onto one device
     assert result.step == 8
     assert_same_params(result.state.params, straight[1].state.params, rtol=1e-4, atol=1e-5)
-
-
-def test_rows_of_a_mesh_in_one_process_are_one_block(bigram):
-    experiment = overlay(bigram, ["mesh.data=2", "mesh.tensor=4"])
-    assert data_share(experiment, make_mesh(experiment.mesh)) == (0, 1)
-    assert data_share(experiment, None) == (0, 1)
 
 
 def test_evaluation_reads_the_same_rows_however_they_are_accumulated(bigram, straight, tmp_path):

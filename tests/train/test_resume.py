@@ -3,7 +3,6 @@
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -107,17 +106,11 @@ BIGRAM = [
 ]
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def test_two_processes_stop_together_and_one_goes_on(tmp_path):
+def test_two_processes_stop_together_and_one_goes_on(tmp_path, free_port):
     """A signal to one process of two; the data streams then go to a single process."""
-    workdir, port = tmp_path / "two", free_port()
+    workdir = tmp_path / "two"
     pair = [
-        start(workdir, BIGRAM, f"--coordinator=localhost:{port}", "--num_processes=2", rank)
+        start(workdir, BIGRAM, f"--coordinator=localhost:{free_port}", "--num_processes=2", rank)
         for rank in ("--process_id=0", "--process_id=1")
     ]
     wait_for(pair[0], lambda: logged(workdir, 5))

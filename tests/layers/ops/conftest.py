@@ -6,13 +6,10 @@ import sys
 import jax
 import pytest
 
-from jaxalope.sharding import absent_devices
-
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
 @pytest.fixture
-def absent_tpu():
+def absent_tpu(absent_slice):
     """``absent_tpu(topology)``: a chip of a slice that is not there. Needs libtpu, and no TPU."""
-    pytest.importorskip("libtpu")
-    return lambda topology: jax.sharding.SingleDeviceSharding(absent_devices(topology)[0])
+    return lambda topology: jax.sharding.SingleDeviceSharding(absent_slice(topology)[0])
