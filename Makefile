@@ -3,14 +3,14 @@ PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= auto
 # Which tests `make test` runs.
-MARKS   ?= not parity
+MARKS   ?= not parity and not long
 BIN      = $(VENV)/bin
 
 # The newest JAX needs Python 3.12; empty where there is none.
 NEWEST ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3 python3.13 python3.14; \
 	do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test parity test-newest lint bench bench-gpu clean
+.PHONY: demo test test-long parity test-newest lint bench bench-gpu clean
 
 demo: $(VENV)/.base
 	$(BIN)/python -m jaxalope.train --config=demo --workdir=runs/demo
@@ -23,14 +23,17 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n $(WORKERS) -m '$(MARKS)'
 
+# Laws of our own making that take long: exact distributions, every form of a kernel, eight devices.
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m long
+
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -n $(WORKERS) -m parity tests/parity
 
-# The same suite under Python 3.12 or newer, hence the newest JAX, where such a Python is found; but
-# for long tests, whose laws are of our own making and which pass or fail with any JAX alike.
+# The same suite under Python 3.12 or newer, hence the newest JAX, where such a Python is found.
 test-newest:
 	@if [ -z "$(NEWEST)" ]; then echo 'No Python 3.12 or newer: the newest JAX is not tested here.'; \
-	else $(MAKE) test PYTHON="$(NEWEST)" VENV=.venv-newest MARKS='not parity and not long'; fi
+	else $(MAKE) test PYTHON="$(NEWEST)" VENV=.venv-newest; fi
 
 bench: $(VENV)/.parity
 	$(BIN)/python bench/kda.py

@@ -18,8 +18,6 @@ from jaxalope.model.kimi_linear_weights import config_from_published, config_to_
 from jaxalope.model.published import published_tensors
 from jaxalope.sharding import AxisRules, MeshConfig, abstract, init_params, make_mesh, use_mesh
 
-pytestmark = pytest.mark.long
-
 TINY = KimiLinearConfig.tiny()
 
 
@@ -162,6 +160,7 @@ class TestEquivalences:
         np.testing.assert_allclose(packed[:, :at], np.concatenate(expected, 1), atol=1e-4)
         assert np.isfinite(packed).all()
 
+    @pytest.mark.long
     def test_remat_does_not_change_gradients(self, tiny):
         ids = tokens_of((1, 12))
 
@@ -181,6 +180,7 @@ class TestEquivalences:
                 expected,
             )
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "mesh",
         [
@@ -219,6 +219,7 @@ class TestEquivalences:
         np.testing.assert_allclose(logits, alone, atol=1e-4)
         np.testing.assert_allclose(last, tiny(ids[:, :1], cache)[0], atol=1e-4)
 
+    @pytest.mark.long
     def test_born_unrolled_and_run_on_eight_devices(self, tiny):
         mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
         build = lambda key: build_model(TINY, key)  # noqa: E731
