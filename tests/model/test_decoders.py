@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxalope import DraftModel, Greedy, Model, PromptLookup, generate, power_sample
+from jaxalope import DraftModel, Greedy, InputError, Model, PromptLookup, generate, power_sample
 from jaxalope.infer.cache import CacheLayout
 from jaxalope.layers.stack import plan, restack, unstack
 from jaxalope.model import Gemma2Config, GPTNeoXConfig, build_model
@@ -167,6 +167,12 @@ def test_eight_devices_equal_one(name):
     )
     np.testing.assert_allclose(logits, alone, atol=2e-4)
     np.testing.assert_allclose(last, alone_next, atol=2e-4)
+
+
+def test_on_a_mesh_that_does_not_divide_it(model):
+    mesh = make_mesh(MeshConfig(data=1, tensor=8))
+    with pytest.raises(InputError, match="does not divide mesh axis `tensor`=8"):
+        model.on(mesh)
 
 
 def test_bfloat16_is_close_and_finite(model):
