@@ -84,18 +84,20 @@ def default_policy(defaults: GenerationDefaults, stop_tokens: Sequence[int] = ()
 
     Args:
         defaults: of a model.
-        stop_tokens: that ``min_new_tokens`` holds back.
+        stop_tokens: that end a text, and that ``min_new_tokens`` holds back.
 
     Raises:
         InputError: a setting is out of range; names it.
     """
-    d = defaults
+    d, alone = defaults, {(int(token),) for token in stop_tokens}
     try:
         stages: list[Policy] = []
         if d.suppress_tokens:
             stages.append(LogitBias(dict.fromkeys(d.suppress_tokens, -math.inf)))
-        if d.bad_words_ids:
-            stages.append(BadWords(d.bad_words_ids))
+        # As in `transformers`, a text may end: a stop token by itself is no bad word.
+        words = [word for word in d.bad_words_ids or () if tuple(word) not in alone]
+        if words:
+            stages.append(BadWords(words))
         if d.min_new_tokens and stop_tokens:
             stages.append(MinNewTokens(d.min_new_tokens, list(stop_tokens)))
         if d.repetition_penalty not in (None, 1):

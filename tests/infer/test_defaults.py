@@ -81,6 +81,9 @@ def test_forbidden_tokens_as_a_policy():
     for found, wanted in zip(stages(policy), expected, strict=True):
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_array_equal(a, b)
+    # A text may end.
+    (words, *_) = stages(default_policy(said(bad_words_ids=[[9], [1, 9]]), (9, 8)))
+    np.testing.assert_array_equal(words.sequences, BadWords([[1, 9]]).sequences)
     # Nothing to hold back.
     assert default_policy(said(min_new_tokens=5)) == Temperature(1.0)
 
