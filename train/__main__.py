@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import sys
 import warnings
 
 from absl import app, flags, logging
 
 from ..errors import InputError, SaveError
+from .console import flush_or_silence, tell
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -76,6 +76,8 @@ def main(argv: list[str]) -> int:
         ):
             return _fail(error, 1)
         raise
+    finally:
+        flush_or_silence()
 
 
 def _run() -> int:
@@ -100,10 +102,9 @@ def _run() -> int:
 
     result = train(experiment, _WORKDIR.value)
     if result.reason not in ("complete", "already complete"):
-        print(
+        tell(
             f"{result.reason}: stopped and saved after step {result.step} of "
-            f"{experiment.train.steps}; the same command goes on from there",
-            file=sys.stderr,
+            f"{experiment.train.steps}; the same command goes on from there"
         )
     return 0
 
@@ -161,7 +162,7 @@ def _dry_run(experiment) -> int:
 
 
 def _fail(error: Exception, status: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    tell(f"error: {' '.join(str(error).split())}")
     return status
 
 
@@ -170,7 +171,7 @@ def _not_from_orbax(record) -> bool:
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"warning: {message}", file=file or sys.stderr)
+    tell(f"warning: {message}", file)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from ..configs.experiment import Experiment
 from ..data.pipeline import Pipeline
 from ..sharding import make_mesh, use_mesh
 from .checkpoints import TrainCheckpoints
+from .console import Console
 from .evaluate import make_evaluation
 from .feed import Feed, data_share
 from .hardware import peak_flops
 from .init_from import check_source
 from .interrupt import StopRequest
 from .ledger import Ledger, NonFiniteLoss
-from .metrics import Console, MetricsWriter
+from .metrics import MetricsWriter
 from .parts import check_parts
 from .plots import write_loss_picture
 from .profiling import Profiler

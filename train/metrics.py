@@ -1,33 +1,17 @@
-"""The record of a run: ``metrics.jsonl``, TensorBoard, and what goes by on the terminal."""
+"""The record of a run, ``metrics.jsonl`` and TensorBoard, and the time that it took."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 from etils import epath
 
 FILE = "metrics.jsonl"
 _TENSORBOARD = "tensorboard"
-# What a terminal line shows of a training step, in this order, and how.
-_SHOWN = {
-    "loss": "loss {:.4f}",
-    "accuracy": "accuracy {:.3f}",
-    "grad_norm": "grad {:.2f}",
-    "lr": "lr {:.1e}",
-    "load_imbalance": "imbalance {:.2f}",
-    "tokens_per_second": "{:,.0f} tokens/s",
-    "mfu": "mfu {:.1%}",
-    "eval_loss": "loss {:.4f}",
-    "eval_perplexity": "perplexity {:.2f}",
-    "eval_bits_per_byte": "bits/byte {:.3f}",
-    "eval_accuracy": "accuracy {:.3f}",
-    "eval_ema_loss": "ema loss {:.4f}",
-}
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -100,61 +84,6 @@ def _to_line(values: Mapping[str, Any]) -> str:
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
     }
     return json.dumps(finite) + "\n"
-
-
-class Console:
-    """What a person sees: a progress bar on a terminal, a line per log elsewhere.
-
-    Args:
-        total, done: steps of the run, and those taken already.
-        quiet: print nothing (all processes but the first).
-        stream: standard error if None.
-    """
-
-    def __init__(self, total: int, done: int, *, quiet: bool = False, stream: TextIO | None = None):
-        self._total, self._quiet = total, quiet
-        self._stream = stream or sys.stderr
-        self._bar = None
-        if not quiet and self._stream.isatty():
-            import tqdm
-
-            self._bar = tqdm.tqdm(
-                total=total, initial=done, unit="step", file=self._stream, dynamic_ncols=True
-            )
-
-    def say(self, text: str) -> None:
-        """A line of its own."""
-        if self._quiet:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
-
-    def advance(self, step: int) -> None:
-        """``step`` steps are done."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of a training step."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(_show(values))
-        else:
-            self.say(f"step {step:>{len(str(self._total))}}/{self._total}  {_show(values)}")
-
-    def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of an evaluation."""
-        self.say(f"step {step:>{len(str(self._total))}}/{self._total}  held out: {_show(values)}")
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _show(values: Mapping[str, float]) -> str:
-    return "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
 
 
 class Stopwatch:

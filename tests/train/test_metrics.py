@@ -1,14 +1,17 @@
 """The record of a run: appending, resuming without duplicates, the terminal, the picture."""
 
+import errno
 import io
 import json
+import os
 import struct
 
 import jax
 import pytest
 
 from jaxalope.train import hardware, metrics
-from jaxalope.train.metrics import Console, MetricsWriter, Stopwatch, read_metrics
+from jaxalope.train.console import Console, tell
+from jaxalope.train.metrics import MetricsWriter, Stopwatch, read_metrics
 from jaxalope.train.plots import loss_picture, write_loss_picture
 
 
@@ -117,6 +120,44 @@ def test_console_draws_a_bar_on_a_terminal_and_quiet_prints_nothing():
     console.log(1, {"loss": 1.0})
     console.close()
     assert silent.getvalue() == ""
+
+
+def unread_pipe():
+    """A stream whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def closed_stream():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+class Interrupted(io.StringIO):
+    def write(self, text):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+
+
+class LostTerminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("make", [unread_pipe, closed_stream, Interrupted, LostTerminal])
+def test_what_nobody_can_read_is_no_error(make):
+    stream = make()
+    tell("hello", stream)
+    console = Console(10, 0, stream=stream)
+    console.advance(1)
+    console.log(1, {"loss": 1.0})
+    console.log_evaluation(1, {"eval_loss": 1.0})
+    console.close()
+    stream.close()  # With nothing left in it that would raise now.
 
 
 def test_stopwatch_leaves_pauses_out(monkeypatch):
