@@ -18,10 +18,14 @@ TOKENIZER = "tokenizer"
 GENERATION = "generation"
 CHECKPOINTS = "checkpoints"
 
-# What may differ when a run goes on. None of it changes what the run computes, beyond rounding,
-# except a longer `train.steps`, which moves the end of the schedule. A name stands for itself and
-# everything below it.
+# What may differ when a run goes on; a name stands for itself and everything below it. The first
+# ones change what the run computes from there on, and are the ways past a step that is not finite;
+# a longer `train.steps` also moves the end of the schedule. The others change rounding at most. The
+# shapes of a checkpoint depend on none of them.
 MAY_CHANGE = (
+    "schedule",
+    "train.clip_norm",
+    "train.skip_steps",
     "train.steps",  # upward only
     "train.accumulation",
     "train.log_every",
