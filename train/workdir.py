@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,8 @@ MAY_CHANGE = (
     "checkpoint",
     "mesh",
     "rules",
+    "data.sources.skip_bad",  # of any source
+    "data.eval_sources.skip_bad",
     "data.prefetch_batches",
     "data.read_threads",
     "objective.max_logits",
@@ -106,6 +109,7 @@ def generation_defaults(workdir: epath.Path, find: Callable[[], dict[str, Any]])
 
 def may_change(path: str) -> bool:
     """Whether a run may go on with another value of this field."""
+    path = re.sub(r"\.\d+\b", "", path)  # Which source, where a field is one of several.
     return any(path == name or path.startswith(f"{name}.") for name in MAY_CHANGE)
 
 

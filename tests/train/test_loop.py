@@ -12,6 +12,7 @@ import pytest
 
 from jaxalope.configs.overlay import overlay
 from jaxalope.configs.registry import get_experiment
+from jaxalope.data.config import SourceConfig
 from jaxalope.errors import InputError
 from jaxalope.model import checkpoint
 from jaxalope.sharding import make_mesh
@@ -192,6 +193,8 @@ def test_the_fields_that_may_change_exist(bigram):
     from jaxalope.configs.overlay import paths
 
     known = set(paths(get_experiment("tiny")))
+    for field in ("data.sources", "data.eval_sources"):
+        known |= {f"{field}.{name}" for name in paths(SourceConfig())}
     assert set(workdir.MAY_CHANGE) <= known
 
 
