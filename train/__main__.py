@@ -13,7 +13,7 @@ import warnings
 
 from absl import app, flags, logging
 
-from ..errors import InputError, SaveError
+from ..errors import InputError, ReadError, SaveError
 from .console import flush_or_silence, tell
 
 _CONFIG = flags.DEFINE_string(
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     except (FloatingPointError, OSError) as error:
         from .ledger import NonFiniteLoss
 
-        if isinstance(error, NonFiniteLoss | SaveError) or (
+        if isinstance(error, NonFiniteLoss | ReadError | SaveError) or (
             isinstance(error, OSError) and error.errno in _DISK_FULL
         ):
             return _fail(error, 1)

@@ -285,7 +285,7 @@ def test_row_groups_are_read_once_though_many_readers_have_drifted_apart(tmp_pat
 
     monkeypatch.setattr(source._parquet.ParquetFile, "read_row_group", read_row_group)
     rng = np.random.default_rng(0)
-    # 64 readers deal the waiting out, each at a pace of its own: up to a third apart at the end.
+    # 64 readers deal the documents out, each at a pace of its own: up to a third apart at the end.
     streams = [list(range(v, len(source), 64)) for v in range(64)]
     pace = rng.uniform(0.6, 1.0, 64)
     for tick in range(1, 90):
