@@ -109,9 +109,7 @@ def test_an_object_store_is_sent_a_few_lines_at_a_time(store, monkeypatch):
     assert [line["step"] for line in read_metrics(store)] == list(range(1, 98))
 
 
-def test_an_object_store_that_fails_is_reported_and_its_lines_come_later(
-    store, monkeypatch, capsys
-):
+def test_lines_that_an_object_store_refused_are_reported_and_come_later(store, monkeypatch, capsys):
     writer = MetricsWriter(store, 0)
     writer.write(1, {"loss": 1.0})
     with monkeypatch.context() as patch:
