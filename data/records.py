@@ -235,7 +235,13 @@ class Parquet:
         n, group = self._groups[block]
         name = f"{self._files[n].name}#{group}:{row}"
         table = self._table(block)
-        record = {field: table.column(field)[row].as_py() for field in self._columns}
+        try:
+            record = {field: table.column(field)[row].as_py() for field in self._columns}
+        except UnicodeDecodeError as e:  # Writers need not check what they call a string.
+            raise InputError(
+                f"{name} is not UTF-8 ({e}). Write the file anew with this row mended or empty and "
+                "as many rows in every row group, or set the source's skip_bad."
+            ) from e
         return _document(record, self._config, name)
 
 

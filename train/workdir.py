@@ -19,15 +19,18 @@ TOKENIZER = "tokenizer"
 GENERATION = "generation"
 CHECKPOINTS = "checkpoints"
 
-# What may differ when a run goes on; a name stands for itself and everything below it. The first
-# ones change what the run computes from there on, and are the ways past a step that is not finite;
-# a longer `train.steps` also moves the end of the schedule. The others change rounding at most. The
-# shapes of a checkpoint depend on none of them.
+# What may differ when a run goes on; a name stands for itself and everything below it. The shapes
+# in a checkpoint depend on none of it.
 MAY_CHANGE = (
+    # Deliberate changes of what is computed from there on: the ways past a step that is not finite
+    # or a document that cannot be read, and a longer run, whose schedule ends later.
     "schedule",
     "train.clip_norm",
     "train.skip_steps",
+    "data.sources.skip_bad",  # of any source
+    "data.eval_sources.skip_bad",
     "train.steps",  # upward only
+    # No change of what is computed, beyond rounding.
     "train.accumulation",
     "train.log_every",
     "train.eval_every",
@@ -36,8 +39,6 @@ MAY_CHANGE = (
     "checkpoint",
     "mesh",
     "rules",
-    "data.sources.skip_bad",  # of any source
-    "data.eval_sources.skip_bad",
     "data.prefetch_batches",
     "data.read_threads",
     "objective.max_logits",

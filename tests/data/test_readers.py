@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import gzip
 import json
@@ -321,3 +322,18 @@ def test_a_cache_holds_no_more_than_its_bytes_and_lets_go_with_the_source(tmp_pa
     del source
     gc.collect()
     assert not any(key[0] == owner for key in records._GROUPS._kept)
+
+
+def test_a_row_that_is_not_utf8_is_named_and_may_be_skipped(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pa.array([b"fine", b"caf\xe9", b"fine too"]).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    config = SourceConfig(path=str(tmp_path / "a.parquet"))
+    with pytest.raises(InputError, match=r"a\.parquet#0:1 is not UTF-8 .*skip_bad"):
+        read(open_source(config))
+    with pytest.warns(UserWarning, match=r"passed over, 1 of skip_bad=1: a\.parquet#0:1"):
+        assert read(open_source(dataclasses.replace(config, skip_bad=1))) == [
+            "fine",
+            "",
+            "fine too",
+        ]
