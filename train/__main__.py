@@ -1,7 +1,8 @@
 """Train an experiment: ``python -m jaxalope.train --config=NAME_OR_FILE --workdir=DIR``.
 
 The same command on the same workdir goes on where the last one stopped. Exit status: 0 complete or
-stopped by a signal and saved; 1 training or saving failed; 2 the input is wrong.
+stopped by a signal and saved; 1 training failed, or reading or writing a checkpoint; 2 the input is
+wrong.
 """
 
 from __future__ import annotations

@@ -196,6 +196,8 @@ def test_the_fields_that_may_change_exist(bigram):
     for field in ("data.sources", "data.eval_sources"):
         known |= {f"{field}.{name}" for name in paths(SourceConfig())}
     assert set(workdir.MAY_CHANGE) <= known
+    assert workdir.may_change("data.sources.12.skip_bad")
+    assert not workdir.may_change("data.sources.12.path")
 
 
 def test_checkpoints_without_an_experiment_are_not_taken_over(bigram, tmp_path):
