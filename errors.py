@@ -9,5 +9,9 @@ class InputError(ValueError):
     """A value given by the user cannot be used; the message says which, and what to do."""
 
 
+class ReadError(OSError):
+    """Something could not be read this time; nothing was changed. Has the remedy."""
+
+
 class SaveError(OSError):
     """Something could not be written; what was saved before is untouched. Has the remedy."""

@@ -41,6 +41,8 @@ class TrainConfig:
         balance_rate: step of the router's balancing bias (arXiv 2408.15664); 0 leaves it.
         balance_steps: the bias is left alone from this step on; None moves it to the end.
         profile_steps: first step (from 0) and number of steps of a profiler trace; None takes none.
+        skip_steps: steps (from 1, as metrics and messages count them) whose batches are read and
+            passed over, without an update.
     """
 
     steps: int
@@ -54,6 +56,7 @@ class TrainConfig:
     balance_rate: float = 1e-3
     balance_steps: int | None = None
     profile_steps: tuple[int, int] | None = None
+    skip_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ("steps", "accumulation", "log_every", "eval_batches"):
@@ -98,6 +101,12 @@ class TrainConfig:
                 self.profile_steps,
                 "give the first step (from 0) and how many (1 or more), such as 10,3",
             )
+        require(
+            all(step >= 1 for step in self.skip_steps),
+            "train.skip_steps",
+            self.skip_steps,
+            "steps are counted from 1",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,8 @@ class SourceConfig:
       weight: share of the *rows* of a batch, thus of the tokens, relative to the other sources.
       max_document_bytes: a longer text file is cut, at line ends where it can, into documents of
         about this many bytes; other formats say themselves where a document ends.
+      skip_bad: so many documents that cannot be read (not UTF-8, not JSON, no such field) are
+        passed over as if they were empty, each with a warning; the next one is an error.
     """
 
     path: str = "stdlib"
@@ -47,6 +49,7 @@ class SourceConfig:
     chat: bool = False
     weight: float = 1.0
     max_document_bytes: int = 65536
+    skip_bad: int = 0
 
     def __post_init__(self):
         _require(
@@ -66,6 +69,7 @@ class SourceConfig:
             self.max_document_bytes,
             "use at least 64 bytes.",
         )
+        _require(self.skip_bad >= 0, "skip_bad", self.skip_bad, "use 0 or more.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,12 +34,15 @@ class Source(Protocol):
     Attributes:
       label: the corpus, for messages.
       fingerprint: changes when the corpus changes (its files, their sizes, its split).
+      numbering: changes when a document's number would stand for another document, and not when
+        documents are edited.
       block_sizes: numbers of consecutive documents that are cheap to read together, or None where
         any order costs the same.
     """
 
     label: str
     fingerprint: str
+    numbering: str
     block_sizes: Sequence[int] | None
 
     def __len__(self) -> int: ...
@@ -118,7 +121,8 @@ def decode_utf8(data: bytes, start: int, where: str) -> str:
     except UnicodeDecodeError as e:
         raise InputError(
             f"{where} is not UTF-8: byte {start + e.start} is 0x{data[e.start]:02x}. Convert the "
-            "file (iconv -f latin1 -t utf-8, if it is Latin-1), or leave it out of the source."
+            "file (iconv -f latin1 -t utf-8, if it is Latin-1), leave it out of the source before "
+            "the first run, or set the source's skip_bad to pass over such documents."
         ) from e
 
 

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -98,7 +99,12 @@ class Pipeline:
             "shuffle": config.shuffle,
             "tokenizer": tokenizer.fingerprint,
             "sources": [
-                {"weight": c.weight, "documents": len(s), "content": s.fingerprint}
+                {
+                    "weight": c.weight,
+                    "documents": len(s),
+                    "numbering": s.numbering,
+                    "content": s.fingerprint,
+                }
                 for c, s in opened
             ],
         }
@@ -167,6 +173,9 @@ class Pipeline:
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where `state()` was called, in this or another process of this or another run.
 
+        A corpus may have been edited since, if its documents have the same numbers; a warning says
+        so. The batches to come then hold the documents as they are now.
+
         Args:
           state: of all streams that this process owns, at least.
 
@@ -178,6 +187,10 @@ class Pipeline:
             layout, streams = {"align": 1, **state["layout"]}, state["streams"]
         except (KeyError, TypeError) as e:
             raise InputError("data: this is not the state of a data pipeline.") from e
+        here = self._layout["sources"]
+        edited = _edited(layout.get("sources"), here)
+        if edited is not None:
+            layout["sources"] = here
         different = [
             f"{k}: {layout.get(k)!r} there, {v!r} here"
             for k, v in self._layout.items()
@@ -187,7 +200,8 @@ class Pipeline:
             raise InputError(
                 "data: the saved state cannot be continued exactly, because the data or its "
                 f"settings are not those it was saved with ({'; '.join(different)}). Use "
-                "the same ones, or start in a new workdir."
+                "the same ones (documents may be edited while their number stays), or start in a "
+                "new workdir."
             )
         missing = [v for v in self._streams if str(v) not in streams]
         if missing:
@@ -200,6 +214,12 @@ class Pipeline:
         )
         self._state = self._open[0].get_state()
         self._pieces.clear()
+        for number in edited or ():
+            warnings.warn(
+                f"source {self.config.sources[number].path!r} was edited since the state was "
+                "saved; going on with its documents as they are now",
+                stacklevel=2,
+            )
 
     def close(self) -> None:
         """Ends the threads. Left to garbage collection they can live on (google/grain#1021)."""
@@ -210,6 +230,21 @@ class Pipeline:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _edited(saved: Any, here: Sequence[dict[str, Any]]) -> list[int] | None:
+    """Which sources have other content under the same numbers; None if more than that differs."""
+    if not isinstance(saved, list) or len(saved) != len(here):
+        return None
+    edited = []
+    for number, (then, now) in enumerate(zip(saved, here, strict=True)):
+        # States that were written before there was such a thing have no `numbering`.
+        then = {"numbering": now["numbering"], **then}
+        if {**then, "content": now["content"]} != now:
+            return None
+        if then["content"] != now["content"]:
+            edited.append(number)
+    return edited
 
 
 def _release(iterators: list[grain.DatasetIterator]) -> None:

@@ -24,6 +24,7 @@ from .documents import (
     list_files,
     read_range,
 )
+from .skip_bad import SkipBad
 
 _SUFFIXES = {
     ".jsonl": "jsonl",
@@ -81,6 +82,8 @@ class TextSource:
         self.fingerprint = fingerprint_of(
             [split, holdout_fraction, max_document_bytes, *((f.name, f.size) for f in files)]
         )
+        counts = ((f.name, -(-f.size // max_document_bytes)) for f in files)
+        self.numbering = fingerprint_of([split, holdout_fraction, max_document_bytes, *counts])
 
     def _name(self, file: int, piece: int) -> str:
         start = piece * self._max
@@ -179,4 +182,4 @@ def open_source(
             f"(holdout_fraction={holdout_fraction}): give it more documents, another "
             "holdout_fraction, or name eval_sources."
         )
-    return source
+    return SkipBad(source, config.skip_bad) if config.skip_bad else source

@@ -1,13 +1,11 @@
 """Corpora that say themselves where a document ends: JSONL (+ .gz, .zst), Parquet, ArrayRecord."""
 
-import collections
 import gzip
 import json
 import os
 import re
 import shutil
 import tempfile
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
@@ -17,11 +15,15 @@ from etils import epath
 
 from ..errors import InputError
 from . import corpora
+from .cache import ByteCache
 from .config import SourceConfig
 from .documents import Document, File, Source, Split, decode_utf8, fingerprint_of, read_range
 from .tf_example import parse_example
 
 _CHUNK = 1 << 24
+# The row groups in use, of all sources of the process. The streams of a run drift apart, and a
+# group is in use from when the first of them reaches it until the last has left it.
+_GROUPS = ByteCache(2 << 30)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -102,6 +104,7 @@ class JsonLines:
         self._owners = np.concatenate(owners)
         self._first = np.searchsorted(self._owners, np.arange(len(files)))
         self.fingerprint = fingerprint_of([_identity(config), *((f.name, f.size) for f in files)])
+        self.numbering = fingerprint_of([_identity(config), len(self._spans)])
 
     def _decompress(self, path: epath.Path) -> epath.Path:
         plain = _temporary_file(self, ".jsonl")
@@ -132,7 +135,10 @@ class JsonLines:
         try:
             record = json.loads(text)
         except json.JSONDecodeError as e:
-            raise InputError(f"{name} is not JSON: {e}") from e
+            raise InputError(
+                f"{name} is not JSON: {e}. Mend this line, or empty it: a run goes on with an "
+                "edited file that has the same number of lines. Or set the source's skip_bad."
+            ) from e
         return _document(record, self._config, name)
 
 
@@ -166,13 +172,11 @@ def _line_ends(path: epath.Path) -> np.ndarray:
 
 
 class Parquet:
-    """Parquet. A row group's text column is read at once, and the last few are kept.
+    """Parquet. A row group's text column is read at once, and kept while others need it.
 
     So the row group is the unit of memory and of shuffling (`block_sizes`): groups come in random
     order, and the rows in random order within theirs.
     """
-
-    _KEPT_GROUPS = 4
 
     def __init__(self, config: SourceConfig, files: Sequence[File]):
         try:
@@ -205,8 +209,8 @@ class Parquet:
         self.fingerprint = fingerprint_of(
             [_identity(config), *((f.name, f.size) for f in files), *sizes]
         )
-        self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self.numbering = fingerprint_of([_identity(config), *sizes])
+        weakref.finalize(self, _GROUPS.drop, id(self))
 
     def _open(self, handle: Any, file: File) -> Any:
         try:
@@ -215,18 +219,12 @@ class Parquet:
             raise InputError(f"{file.name} is not a Parquet file that can be read: {e}") from e
 
     def _table(self, block: int) -> Any:
-        with self._lock:
-            if block not in self._kept:
-                n, group = self._groups[block]
-                with self._files[n].path.open("rb") as f:
-                    table = self._open(f, self._files[n]).read_row_group(
-                        group, columns=self._columns
-                    )
-                self._kept[block] = table
-                while len(self._kept) > self._KEPT_GROUPS:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(block)
-            return self._kept[block]
+        def read():
+            n, group = self._groups[block]
+            with self._files[n].path.open("rb") as f:
+                return self._open(f, self._files[n]).read_row_group(group, columns=self._columns)
+
+        return _GROUPS.get((id(self), block), read)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -237,7 +235,13 @@ class Parquet:
         n, group = self._groups[block]
         name = f"{self._files[n].name}#{group}:{row}"
         table = self._table(block)
-        record = {field: table.column(field)[row].as_py() for field in self._columns}
+        try:
+            record = {field: table.column(field)[row].as_py() for field in self._columns}
+        except UnicodeDecodeError as e:  # Writers need not check what they call a string.
+            raise InputError(
+                f"{name} is not UTF-8 ({e}). Write the file anew with this row mended or empty and "
+                "as many rows in every row group, or set the source's skip_bad."
+            ) from e
         return _document(record, self._config, name)
 
 
@@ -268,6 +272,7 @@ class ArrayRecord:
         self.fingerprint = fingerprint_of(
             [_identity(config), self._length, *((f.name, f.size) for f in files)]
         )
+        self.numbering = fingerprint_of([_identity(config), self._length])
 
     def __len__(self) -> int:
         return self._length
@@ -296,6 +301,7 @@ class _Side:
     def __init__(self, parent: Source, split: Split, period: int):
         self.label = parent.label
         self.fingerprint = fingerprint_of([parent.fingerprint, split, period])
+        self.numbering = fingerprint_of([parent.numbering, split, period])
         self._parent = parent
         self._held_out = split == "eval"
         self._period = period

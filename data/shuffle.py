@@ -5,6 +5,7 @@ import functools
 import grain
 import numpy as np
 
+from .cache import ByteCache
 from .documents import Source
 
 # Below this Grain's shuffle, which walks cycles in a domain of 2**16, costs up to 10 ms an index
@@ -32,7 +33,8 @@ class BlockShuffle(grain.MapDataset):
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._seed = seed
         self._blocks = functools.lru_cache(maxsize=4)(self._make_blocks)
-        self._within = functools.lru_cache(maxsize=16)(self._make_within)
+        # Streams drift apart, and stand in about as many blocks as there are of them.
+        self._within = ByteCache(256 << 20)
 
     def _make_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in the order of an epoch, and where each begins in it."""
@@ -50,10 +52,11 @@ class BlockShuffle(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         epoch, index = divmod(index, len(self))
-        order, starts = self._blocks(epoch)
+        blocks, starts = self._blocks(epoch)
         rank = int(np.searchsorted(starts, index, side="right")) - 1
-        block = int(order[rank])
-        place = self._within(epoch, block)[index - starts[rank]]
+        block = int(blocks[rank])
+        order = self._within.get((epoch, block), lambda: self._make_within(epoch, block))
+        place = order[index - starts[rank]]
         return self._parent[epoch * len(self) + int(self._starts[block] + place)]
 
 

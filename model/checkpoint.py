@@ -13,26 +13,38 @@ A tree is stored flat under the names that users see (``stack.body.0.mixer.q_pro
 caller's abstract tree gives structure, dtypes and placement back. So integer keys, optimizer
 namedtuples and other meshes need no care, and a reader can take ``params`` alone.
 
-A step appears under its number only when it is whole; until then it has another name. Deleting
-removes its marker first. See ``docs/decisions/0003-checkpoints.md``.
+What lies there of steps that are unfinished, damaged or half deleted: :mod:`.step_folders`. Why it
+is built so: ``docs/decisions/0003-checkpoints.md``.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import math
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from ..errors import InputError, SaveError
+from ..errors import InputError, ReadError, SaveError
+from .step_folders import (
+    MARKER,
+    exists,
+    first_line,
+    list_steps,
+    remove,
+    remove_leftovers,
+    remove_unfinished,
+    saving_note,
+    set_aside,
+)
+from .transient import is_transient
 
 try:
     from orbax.checkpoint import v1 as ocp
@@ -40,11 +52,8 @@ except ImportError:
     from orbax.checkpoint.experimental import v1 as ocp
 
 FORMAT = 1
-_MARKER = "_CHECKPOINT_METADATA"
-_UNFINISHED = ".orbax-checkpoint-tmp"
-_UNREADABLE = ".unreadable"
-# What a full model or a broken network raises says nothing about the files.
-_NOT_DAMAGE = (MemoryError, PermissionError, ConnectionError, TimeoutError)
+# These say nothing about the files, as do errors of the storage (see `transient`).
+_NOT_DAMAGE = (MemoryError, PermissionError)
 
 _DISK_FULL = ("no space left", "quota exceeded", "file too large")
 
@@ -84,15 +93,19 @@ class CheckpointStore:
         self._keep_last, self._keep_best = keep_last, keep_best
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
-        self._remove_leftovers()
+        try:
+            if jax.process_index() == 0:
+                remove_leftovers(self.directory)
+        finally:
+            _wait_for_all("checkpoint leftovers")
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
-        return _steps(self.directory)
+        return list_steps(self.directory)
 
     def has_any(self) -> bool:
-        """Whether there is a checkpoint at all, be it a damaged one."""
-        return bool(_steps(self.directory, complete=False))
+        """Whether there is a checkpoint at all, be it a damaged one (not an unfinished one)."""
+        return bool(list_steps(self.directory, complete=False))
 
     def save(
         self,
@@ -124,8 +137,11 @@ class CheckpointStore:
             SaveError: this save or the one before it failed.
         """
         self.wait()
-        if step in self.steps():
-            return False
+        try:
+            if step in self.steps():
+                return False
+        except OSError as error:
+            raise self._failed(step, error) from error
         flat = {name: _flatten(tree) for name, tree in trees.items()}
         header = {
             "format": FORMAT,
@@ -144,6 +160,8 @@ class CheckpointStore:
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0 and not exists(self.directory / str(step)):
+                saving_note(self.directory, step).write_text("")
             with _context():
                 response = ocp.save_checkpointables_async(
                     self.directory / str(step), {**_filled(flat), "documents": writer}
@@ -182,12 +200,14 @@ class CheckpointStore:
 
         Raises:
             InputError: no checkpoint, none readable, or a tree whose names or shapes are others.
+            ReadError: the storage failed, which says nothing about the checkpoint; nothing is
+                renamed.
         """
         self.wait()
         restored, damaged = _read_newest(self.directory, trees, step)
         if jax.process_index() == 0:
             for bad in damaged:
-                _set_aside(self.directory / str(bad))
+                set_aside(self.directory / str(bad))
         return restored
 
     def close(self) -> None:
@@ -208,16 +228,25 @@ class CheckpointStore:
             response.result()
         except Exception as error:
             raise self._failed(step, error) from error
-        if jax.process_index() == 0:
+        if jax.process_index() != 0:
+            return
+        try:
+            saving_note(self.directory, step).unlink(missing_ok=True)
             self._prune()
+        except Exception as error:  # The step is saved: what is left over waits for the next one.
+            warnings.warn(
+                f"old checkpoints in {self.directory} were not cleared: {first_line(error)}",
+                stacklevel=2,
+            )
 
     def _failed(self, step: int, error: Exception) -> SaveError:
-        if jax.process_index() == 0:
-            for partial in self.directory.glob(f"{step}{_UNFINISHED}*"):
-                _remove(partial)
-        steps = self.steps()
-        kept = f"the last good one is step {steps[-1]}" if steps else "there is no earlier one"
-        reason = _first_line(error)
+        kept = "earlier ones are untouched"
+        with contextlib.suppress(OSError):  # The storage that failed may fail again.
+            if jax.process_index() == 0:
+                remove_unfinished(self.directory, step)
+            steps = self.steps()
+            kept = f"the last good one is step {steps[-1]}" if steps else "there is no earlier one"
+        reason = first_line(error)
         full = any(words in str(error).lower() for words in _DISK_FULL)
         remedy = "Free space there (or keep fewer)" if full else "Make that path writable"
         return SaveError(
@@ -232,17 +261,7 @@ class CheckpointStore:
         keep = {*steps[-self._keep_last :], *(-s for _, s in best)}
         for step in steps:
             if step not in keep:
-                _remove(self.directory / str(step))
-
-    def _remove_leftovers(self) -> None:
-        """Clear what a killed run left: unfinished saves, and old steps that it was deleting."""
-        if jax.process_index() != 0 or not self.directory.exists():
-            return
-        steps = self.steps()
-        for path in self.directory.iterdir():
-            deleting = path.name.isdigit() and steps and int(path.name) < steps[-1]
-            if _UNFINISHED in path.name or (deleting and int(path.name) not in steps):
-                _remove(path)
+                remove(self.directory / str(step))
 
 
 def restore_params(
@@ -265,6 +284,7 @@ def restore_params(
 
     Raises:
         InputError: no such checkpoint, none readable, or parameters of another model.
+        ReadError: the storage failed, which says nothing about the checkpoint.
     """
     directory, step = _locate(path, step)
     name = "ema" if ema else "params"
@@ -333,11 +353,12 @@ def _read_json(checkpoint: epath.Path, name: str) -> Any:
     return json.loads((checkpoint / "documents" / f"{name}.json").read_text())
 
 
-def _steps(directory: epath.Path, complete: bool = True) -> list[int]:
-    if not directory.exists():
-        return []
-    found = [path for path in directory.iterdir() if path.name.isdigit()]
-    return sorted(int(p.name) for p in found if not complete or (p / _MARKER).exists())
+def _wait_for_all(name: str) -> None:
+    """Every process waits here for the others."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def _locate(path: epath.PathLike, step: int | None) -> tuple[epath.Path, int | None]:
@@ -353,32 +374,38 @@ def _locate(path: epath.PathLike, step: int | None) -> tuple[epath.Path, int | N
 def _newest(directory: epath.Path, step: int | None, read) -> tuple[Any, list[int]]:
     """``(read(checkpoint), unreadable newer steps)`` for the newest checkpoint that can be read."""
     # Numbers without the marker count: a newest checkpoint that lost a file must not pass unseen.
-    candidates = _steps(directory, complete=False)[::-1] if step is None else [step]
+    candidates = list_steps(directory, complete=False)[::-1] if step is None else [step]
     if not candidates:
         raise InputError(f"no checkpoint in {directory}; train there first, or check the path")
     failures: dict[int, Exception] = {}
     for candidate in candidates:
         at = directory / str(candidate)
         try:
-            if not (at / _MARKER).exists():
-                raise FileNotFoundError(f"{at / _MARKER} is missing")
+            if not exists(at / MARKER):
+                raise FileNotFoundError(f"{at / MARKER} is missing")
             result = read(at)
         except InputError:
             raise
         except Exception as error:
             if isinstance(error, _NOT_DAMAGE) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
+            if is_transient(error):
+                raise ReadError(
+                    f"the checkpoint of step {candidate} in {directory} could not be read this "
+                    f"time: {first_line(error)}. Try again; if that does not help, name another "
+                    f"one (step=...), or move {at} away"
+                ) from error
             failures[candidate] = error
             continue
         for bad, error in failures.items():
             warnings.warn(
                 f"the checkpoint of step {bad} in {directory} cannot be read "
-                f"({_first_line(error)}); using that of step {candidate} instead",
+                f"({first_line(error)}); using that of step {candidate} instead",
                 stacklevel=3,
             )
         return result, list(failures)
-    reasons = "; ".join(f"step {s}: {_first_line(e)}" for s, e in failures.items())
-    others = f" (there are {_steps(directory)})" if step is not None else ""
+    reasons = "; ".join(f"step {s}: {first_line(e)}" for s, e in failures.items())
+    others = f" (there are {list_steps(directory)})" if step is not None else ""
     raise InputError(f"no readable checkpoint in {directory}{others}: {reasons}")
 
 
@@ -475,31 +502,5 @@ def _placed(x: Any) -> jax.ShapeDtypeStruct:
 def _metric(checkpoint: epath.Path) -> float | None:
     try:
         return _read_json(checkpoint, "checkpoint")["metric"]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError):
         return None
-
-
-def _remove(path: epath.Path, attempts: int = 20) -> None:
-    """Delete a checkpoint so that it is never visible in part; a failure only costs space."""
-    for attempt in range(1, attempts + 1):
-        try:
-            (path / _MARKER).unlink(missing_ok=True)
-            path.rmtree()
-            return
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            # Threads of a save that failed may still be writing: their folder is not empty yet.
-            if attempt == attempts:
-                warnings.warn(f"cannot delete {path}: {_first_line(error)}", stacklevel=2)
-            time.sleep(0.05)
-
-
-def _set_aside(path: epath.Path) -> None:
-    taken: Sequence[str] = [p.name for p in path.parent.glob(f"{path.name}{_UNREADABLE}*")]
-    path.rename(path.parent / f"{path.name}{_UNREADABLE}{len(taken) or ''}")
-
-
-def _first_line(error: BaseException, limit: int = 300) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= limit else text[:limit] + " ..."

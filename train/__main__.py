@@ -1,7 +1,8 @@
 """Train an experiment: ``python -m jaxalope.train --config=NAME_OR_FILE --workdir=DIR``.
 
 The same command on the same workdir goes on where the last one stopped. Exit status: 0 complete or
-stopped by a signal and saved; 1 training or saving failed; 2 the input is wrong.
+stopped by a signal and saved; 1 training failed, or reading or writing a checkpoint; 2 the input is
+wrong.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import sys
 import warnings
 
 from absl import app, flags, logging
 
-from ..errors import InputError, SaveError
+from ..errors import InputError, ReadError, SaveError
+from .console import flush_or_silence, tell
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -71,11 +72,13 @@ def main(argv: list[str]) -> int:
     except (FloatingPointError, OSError) as error:
         from .ledger import NonFiniteLoss
 
-        if isinstance(error, NonFiniteLoss | SaveError) or (
+        if isinstance(error, NonFiniteLoss | ReadError | SaveError) or (
             isinstance(error, OSError) and error.errno in _DISK_FULL
         ):
             return _fail(error, 1)
         raise
+    finally:
+        flush_or_silence()
 
 
 def _run() -> int:
@@ -100,10 +103,9 @@ def _run() -> int:
 
     result = train(experiment, _WORKDIR.value)
     if result.reason not in ("complete", "already complete"):
-        print(
+        tell(
             f"{result.reason}: stopped and saved after step {result.step} of "
-            f"{experiment.train.steps}; the same command goes on from there",
-            file=sys.stderr,
+            f"{experiment.train.steps}; the same command goes on from there"
         )
     return 0
 
@@ -161,7 +163,7 @@ def _dry_run(experiment) -> int:
 
 
 def _fail(error: Exception, status: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    tell(f"error: {' '.join(str(error).split())}")
     return status
 
 
@@ -170,7 +172,7 @@ def _not_from_orbax(record) -> bool:
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"warning: {message}", file=file or sys.stderr)
+    tell(f"warning: {message}", file)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 
 import jax
 import numpy as np
+
+from .console import tell
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -49,10 +50,8 @@ class StopRequest:
     def _ask(self, number, frame) -> None:
         self.signal = signal.Signals(number).name
         self._restore()
-        print(
-            f"{self.signal}: finishing this step and saving; once more ends at once without saving",
-            file=sys.stderr,
-            flush=True,
+        tell(
+            f"{self.signal}: finishing this step and saving; once more ends at once without saving"
         )
 
     def _restore(self) -> None:

@@ -26,6 +26,8 @@ class NonFiniteLoss(FloatingPointError):
 class Ledger:
     """Takes every step's metrics, checks them, and reports those of the steps to be logged.
 
+    A step that was skipped is always reported.
+
     Args:
         experiment: says which steps are logged, and how many tokens a step has.
         report: called with ``(step, values)`` of a step that is logged.
@@ -43,6 +45,7 @@ class Ledger:
     ):
         data = experiment.data
         self._every, self._last = experiment.train.log_every, experiment.train.steps
+        self._skipped = frozenset(experiment.train.skip_steps)
         self._report, self._explain, self._peak = report, explain, peak
         self._tokens = data.batch_size * data.sequence_length
         self._flops = self._tokens * experiment.model.flops_per_token(data.sequence_length)
@@ -94,7 +97,7 @@ class Ledger:
         return seconds
 
     def _is_due(self, step: int) -> bool:
-        return step % self._every == 0 or step == self._last
+        return step % self._every == 0 or step == self._last or step in self._skipped
 
     def _read(self, count: int) -> None:
         steps, self._unread = self._unread[:count], self._unread[count:]

@@ -15,16 +15,18 @@ from ..configs.experiment import Experiment
 from ..data.pipeline import Pipeline
 from ..sharding import make_mesh, use_mesh
 from .checkpoints import TrainCheckpoints
+from .console import Console
 from .evaluate import make_evaluation
 from .feed import Feed, data_rows
 from .hardware import peak_flops
 from .init_from import check_source
 from .interrupt import StopRequest
 from .ledger import Ledger, NonFiniteLoss
-from .metrics import Console, MetricsWriter
+from .metrics import MetricsWriter
 from .parts import check_parts
 from .plots import write_loss_picture
 from .profiling import Profiler
+from .skip import make_skip_step
 from .step import TrainState, abstract_state, init_state, make_train_step
 from .workdir import open_workdir
 
@@ -103,7 +105,7 @@ def train(
         else:
             state, data_state = restored
             pipeline.restore(data_state)
-        step = start = int(state.step)
+        step = int(state.step)
 
         console = Console(config.steps, step, quiet=quiet or not primary)
         stack.callback(console.close)
@@ -136,22 +138,27 @@ def train(
                 if good is None
                 else (f"the last good checkpoint, step {good} in {workdir}, is untouched")
             )
+            skip = ",".join(map(str, sorted({*config.skip_steps, step})))
             return NonFiniteLoss(
                 f"step {step}: the loss is {values['loss']}, the gradient norm "
-                f"{values['grad_norm']}; {kept}. It was {pipeline.describe(step - 1)}. Lower "
-                "schedule.learning_rate, lengthen schedule.warmup_steps, or look at those documents"
+                f"{values['grad_norm']}; {kept}. It was {pipeline.describe(step - 1)}. The same "
+                f"command repeats steps {(good or 0) + 1} to {step} exactly; add --set "
+                f"train.skip_steps={skip} to pass over this batch, or lower "
+                "schedule.learning_rate or train.clip_norm for them and all that follow"
             )
 
         ledger = Ledger(experiment, lambda s, values: record(console.log, s, values), explain, peak)
         profiler = stack.enter_context(Profiler(workdir, config.profile_steps))
 
-        train_step = make_train_step(experiment, graphdef)
+        train_step, skip_step = make_train_step(experiment, graphdef), make_skip_step()
+        compiled = False
         batch = next(feed)
         if restored is None:
             check_parts(experiment, graphdef, state.params, batch)
         while True:
             profiler.before(step)
-            state, metrics = train_step(state, batch)
+            skipped = step + 1 in config.skip_steps
+            state, metrics = skip_step(state) if skipped else train_step(state, batch)
             profiler.after(step, metrics)
             step += 1
             ledger.add(step, metrics)
@@ -172,7 +179,8 @@ def train(
             checkpoints.check()
             if last or stopping:
                 break
-            if step == start + 1:
+            if not (compiled or skipped):
+                compiled = True
                 seconds = ledger.first_step_done()
                 console.say(f"first step after {seconds:.1f} s, compilation included")
             # The devices are busy with this step; the host makes the next batch.

@@ -1,38 +1,34 @@
-"""The record of a run: ``metrics.jsonl``, TensorBoard, and what goes by on the terminal."""
+"""The record of a run, ``metrics.jsonl`` and TensorBoard, and the time that it took."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import sys
 import time
-from collections.abc import Mapping
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
+from .console import tell
+
 FILE = "metrics.jsonl"
+# On object stores: the lines that are not in FILE yet, and how many they may be.
+TAIL = "metrics.tail.jsonl"
+_FOLD = 1000
 _TENSORBOARD = "tensorboard"
-# What a terminal line shows of a training step, in this order, and how.
-_SHOWN = {
-    "loss": "loss {:.4f}",
-    "accuracy": "accuracy {:.3f}",
-    "grad_norm": "grad {:.2f}",
-    "lr": "lr {:.1e}",
-    "load_imbalance": "imbalance {:.2f}",
-    "tokens_per_second": "{:,.0f} tokens/s",
-    "mfu": "mfu {:.1%}",
-    "eval_loss": "loss {:.4f}",
-    "eval_perplexity": "perplexity {:.2f}",
-    "eval_bits_per_byte": "bits/byte {:.3f}",
-    "eval_accuracy": "accuracy {:.3f}",
-    "eval_ema_loss": "ema loss {:.4f}",
-}
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, in order; a last line torn by a kill is left out."""
-    path = epath.Path(workdir) / FILE
+    """The lines of a run's record, in order; a last line torn by a kill is left out."""
+    workdir = epath.Path(workdir)
+    whole, tail = _read_lines(workdir / FILE), _read_lines(workdir / TAIL)
+    # A kill between the two writes of a fold leaves the tail's lines in both.
+    return whole if tail and whole[-len(tail) :] == tail else whole + tail
+
+
+def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -47,7 +43,8 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends to the record of a run, from ``step`` on; what it says about later steps goes first.
 
-    So a run that was killed after its last checkpoint, and then resumed, has no step twice.
+    So a run that was killed after its last checkpoint, and then resumed, has no step twice. A line
+    that cannot be written is reported on standard error, and does not end the run.
 
     Args:
         workdir: holds ``metrics.jsonl`` and, if it is local, ``tensorboard/``.
@@ -56,33 +53,22 @@ class MetricsWriter:
 
     def __init__(self, workdir: epath.PathLike, step: int):
         workdir = epath.Path(workdir)
-        self._path = workdir / FILE
-        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        text = "".join(_to_line(line) for line in kept)
-        # Object stores cannot append: there the file is written anew with every line.
-        self._rewritten = text if "://" in str(workdir) else None
+        lines = [_to_line(line) for line in read_metrics(workdir) if line["step"] <= step]
         self._board = None
-        if self._rewritten is not None:
-            self._path.write_text(text)
+        if "://" in str(workdir):
+            self._file: _Appended | _Uploaded = _Uploaded(workdir, lines)
             return
+        self._file = _Appended(workdir, lines)
         import tensorboardX  # Here, so that only runs pay for its import.
 
-        part = workdir / f"{FILE}.part"
-        part.write_text(text)
-        part.replace(self._path)
         self._board = tensorboardX.SummaryWriter(
             str(workdir / _TENSORBOARD), purge_step=step + 1 if step else None
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line. ``eval_*`` are the evaluation's; not-finite numbers become null."""
-        line = _to_line({"step": step, **values})
-        if self._rewritten is None:
-            with self._path.open("a") as file:
-                file.write(line)
-        else:
-            self._rewritten += line
-            self._path.write_text(self._rewritten)
+        with _reporting(f"the metrics of step {step} were not written"):
+            self._file.write(_to_line({"step": step, **values}))
         if self._board is not None:
             for name, value in values.items():
                 group, _, rest = name.partition("_")
@@ -90,9 +76,70 @@ class MetricsWriter:
                 self._board.add_scalar(tag, value, step)
 
     def close(self) -> None:
-        """Write out what TensorBoard's writer buffers."""
+        """Write out what is still held back."""
+        with _reporting("the last metrics were not written"):
+            self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class _Appended:
+    """``metrics.jsonl`` on a local disk."""
+
+    def __init__(self, workdir: epath.Path, lines: list[str]):
+        self._path = workdir / FILE
+        part = workdir / f"{FILE}.part"
+        part.write_text("".join(lines))
+        part.replace(self._path)
+        # What a moved workdir may have brought from an object store is in `lines`.
+        (workdir / TAIL).unlink(missing_ok=True)
+        self._torn = ""
+
+    def write(self, line: str) -> None:
+        # After a failure a line begins anew: half of one may stand there.
+        torn, self._torn = self._torn, "\n"
+        with self._path.open("a") as file:
+            file.write(torn + line)
+        self._torn = ""
+
+    def close(self) -> None:
+        pass
+
+
+class _Uploaded:
+    """``metrics.jsonl`` on an object store, which cannot append.
+
+    The latest lines are in a small file of their own, written anew with every line; now and then
+    they are folded into the large one. Lines of a write that failed go with the next one.
+    """
+
+    def __init__(self, workdir: epath.Path, lines: list[str]):
+        self._path, self._tail_path = workdir / FILE, workdir / TAIL
+        self._folded, self._tail = lines, []
+        self._fold()
+
+    def write(self, line: str) -> None:
+        self._tail.append(line)
+        self._tail_path.write_text("".join(self._tail))
+        if len(self._tail) >= _FOLD:
+            self._fold()
+
+    def close(self) -> None:
+        if self._tail:
+            self._fold()
+
+    def _fold(self) -> None:
+        self._path.write_text("".join(self._folded + self._tail))
+        self._tail_path.write_text("")
+        self._folded, self._tail = self._folded + self._tail, []
+
+
+@contextlib.contextmanager
+def _reporting(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Object stores raise errors of their own.
+        tell(f"{what}: {error}")
 
 
 def _to_line(values: Mapping[str, Any]) -> str:
@@ -100,61 +147,6 @@ def _to_line(values: Mapping[str, Any]) -> str:
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
     }
     return json.dumps(finite) + "\n"
-
-
-class Console:
-    """What a person sees: a progress bar on a terminal, a line per log elsewhere.
-
-    Args:
-        total, done: steps of the run, and those taken already.
-        quiet: print nothing (all processes but the first).
-        stream: standard error if None.
-    """
-
-    def __init__(self, total: int, done: int, *, quiet: bool = False, stream: TextIO | None = None):
-        self._total, self._quiet = total, quiet
-        self._stream = stream or sys.stderr
-        self._bar = None
-        if not quiet and self._stream.isatty():
-            import tqdm
-
-            self._bar = tqdm.tqdm(
-                total=total, initial=done, unit="step", file=self._stream, dynamic_ncols=True
-            )
-
-    def say(self, text: str) -> None:
-        """A line of its own."""
-        if self._quiet:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
-
-    def advance(self, step: int) -> None:
-        """``step`` steps are done."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of a training step."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(_show(values))
-        else:
-            self.say(f"step {step:>{len(str(self._total))}}/{self._total}  {_show(values)}")
-
-    def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of an evaluation."""
-        self.say(f"step {step:>{len(str(self._total))}}/{self._total}  held out: {_show(values)}")
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _show(values: Mapping[str, float]) -> str:
-    return "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
 
 
 class Stopwatch:

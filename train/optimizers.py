@@ -109,7 +109,10 @@ def decays(name: str) -> bool:
 
 
 class OptimizerState(NamedTuple):
-    """Moments of the two parts, keyed by parameter names, and the number of updates made."""
+    """Moments of the two parts, keyed by parameter names, and the number of steps taken.
+
+    ``count`` is the schedule's; a skipped step counts. The moments' own counts are of updates.
+    """
 
     count: Int[Array, ""]
     adamw: optax.ScaleByAdamState

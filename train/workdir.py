@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,18 @@ TOKENIZER = "tokenizer"
 GENERATION = "generation"
 CHECKPOINTS = "checkpoints"
 
-# What may differ when a run goes on. None of it changes what the run computes, beyond rounding,
-# except a longer `train.steps`, which moves the end of the schedule. A name stands for itself and
-# everything below it.
+# What may differ when a run goes on; a name stands for itself and everything below it. The shapes
+# in a checkpoint depend on none of it.
 MAY_CHANGE = (
+    # Deliberate changes of what is computed from there on: the ways past a step that is not finite
+    # or a document that cannot be read, and a longer run, whose schedule ends later.
+    "schedule",
+    "train.clip_norm",
+    "train.skip_steps",
+    "data.sources.skip_bad",  # of any source
+    "data.eval_sources.skip_bad",
     "train.steps",  # upward only
+    # No change of what is computed, beyond rounding.
     "train.accumulation",
     "train.log_every",
     "train.eval_every",
@@ -102,6 +110,7 @@ def generation_defaults(workdir: epath.Path, find: Callable[[], dict[str, Any]])
 
 def may_change(path: str) -> bool:
     """Whether a run may go on with another value of this field."""
+    path = re.sub(r"\.\d+\b", "", path)  # Which source, where a field is one of several.
     return any(path == name or path.startswith(f"{name}.") for name in MAY_CHANGE)
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -261,6 +262,89 @@ def test_a_corpus_that_changed_or_moved(corpora, tmp_path):
     (tmp_path / "two/a.jsonl").write_text(text + '\n{"text": "more"}')
     with pytest.raises(InputError, match="cannot be continued exactly"):
         take(at(tmp_path / "two"), 1, straight[0][1])
+
+
+def broken(path, line):
+    """A corpus of 40 lines, the 31st of which is `line`; read in order by one stream."""
+    lines = [json.dumps({"text": "x" * 40 + str(i)}) for i in range(40)]
+    lines[30] = line
+    path.write_text("\n".join(lines) + "\n", encoding="latin-1")
+    source = SourceConfig(path=str(path))
+    return DataConfig(
+        sequence_length=32, batch_size=2, sources=(source,), num_streams=1, shuffle=False
+    )
+
+
+def run_into(config):
+    """The error that ends a run over `config`, and the state after its last good batch."""
+    with Pipeline(config, TOKENIZER) as pipeline, pytest.raises(InputError) as error:
+        while True:
+            next(pipeline)
+            state = pipeline.state()
+    return str(error.value), state
+
+
+@pytest.mark.parametrize("bad", ['{"text": "broken', '{"text": "caf\xe9"}'])
+@pytest.mark.parametrize("mended", ['{"text": "mended"}', ""])
+def test_a_run_goes_on_after_a_bad_line_was_mended_or_emptied(tmp_path, bad, mended):
+    path = tmp_path / "a.jsonl"
+    message, state = run_into(broken(path, bad))
+    assert "a.jsonl" in message and "skip_bad" in message
+    config = broken(path, mended)
+    straight = take(config, state["step"] + 5)
+    with pytest.warns(UserWarning, match=r"a\.jsonl' was edited since") as warned:
+        went_on = take(config, 5, state)
+    assert len(warned) == 1
+    assert_same([b for b, _ in went_on], [b for b, _ in straight[-5:]])
+    with warnings.catch_warnings():  # Said once: the state is of the edited corpus now.
+        warnings.simplefilter("error")
+        take(config, 1, went_on[0][1])
+
+
+def test_an_edit_that_moves_documents_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    config = broken(path, "")
+    ((_, state),) = take(config, 1)
+    path.write_text(path.read_text() + '{"text": "more"}\n')
+    with pytest.raises(InputError, match="documents may be edited while their number stays"):
+        take(config, 1, state)
+    other = dataclasses.replace(broken(path, ""), sources=(SourceConfig(str(path), field="id"),))
+    with pytest.raises(InputError, match="cannot be continued exactly"):
+        take(other, 1, state)
+
+
+def test_states_without_a_numbering_go_by_the_number_of_documents(tmp_path):
+    path = tmp_path / "a.jsonl"
+    config = broken(path, "")
+    ((_, state),) = take(config, 1)
+    del state["layout"]["sources"][0]["numbering"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take(config, 1, state)
+    broken(path, '{"text": "edited"}')
+    with pytest.warns(UserWarning, match="was edited since"):
+        take(config, 1, state)
+
+
+def test_skip_bad_passes_over_so_many_and_may_be_set_in_the_middle(tmp_path):
+    path = tmp_path / "a.jsonl"
+    config = broken(path, '{"text": "broken')
+    _, state = run_into(config)
+    emptied = take(broken(tmp_path / "b.jsonl", ""), state["step"] + 5)
+    source = dataclasses.replace(config.sources[0], skip_bad=1)
+    skipping = dataclasses.replace(config, sources=(source,))
+    with pytest.warns(UserWarning, match=r"passed over, 1 of skip_bad=1: a\.jsonl:31 is not JSON"):
+        went_on = take(skipping, 5, state)
+    assert_same([b for b, _ in went_on], [b for b, _ in emptied[-5:]])
+    lines = path.read_text().splitlines()
+    lines[32] = "[]"
+    path.write_text("\n".join(lines) + "\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        message, _ = run_into(skipping)
+    assert "a.jsonl:33 is a list" in message and "skip_bad=1" in message
+    with pytest.raises(InputError, match="skip_bad=-1"):
+        SourceConfig(skip_bad=-1)
 
 
 def test_rows_that_do_not_fit(config):

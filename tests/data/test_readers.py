@@ -1,12 +1,16 @@
+import dataclasses
+import gc
 import gzip
 import json
 import os
 
+import numpy as np
 import pytest
 from array_record.python import array_record_module
 from etils import epath
 
 from jaxalope.data import documents, records
+from jaxalope.data.cache import ByteCache
 from jaxalope.data.config import SourceConfig
 from jaxalope.data.readers import open_source
 from jaxalope.errors import InputError
@@ -265,3 +269,71 @@ def test_a_missing_library_names_the_extra(library, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, library, None)
     with pytest.raises(InputError, match=rf"{library}.*pip install 'jaxalope\[data\]'"):
         open_source(SourceConfig(path=str(tmp_path / name)))
+
+
+def test_row_groups_are_read_once_though_many_readers_have_drifted_apart(tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows, groups = 50, 64
+    table = pa.table({"text": [f"{i:05}" for i in range(rows * groups)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=rows)
+    source = open_source(SourceConfig(path=str(tmp_path / "a.parquet")))
+    reads = []
+    real = source._parquet.ParquetFile.read_row_group
+
+    def read_row_group(self, group, **kwargs):
+        reads.append(group)
+        return real(self, group, **kwargs)
+
+    monkeypatch.setattr(source._parquet.ParquetFile, "read_row_group", read_row_group)
+    rng = np.random.default_rng(0)
+    # 64 readers deal the documents out, each at a pace of its own: up to a third apart at the end.
+    streams = [list(range(v, len(source), 64)) for v in range(64)]
+    pace = rng.uniform(0.6, 1.0, 64)
+    for tick in range(1, 90):
+        for stream, waiting in enumerate(streams):
+            while waiting and (len(source) // 64 - len(waiting)) < pace[stream] * tick:
+                index = waiting.pop(0)
+                assert source[index].text == f"{index:05}"
+    assert not any(streams) and len(reads) == groups
+
+
+def test_a_cache_holds_no_more_than_its_bytes_and_lets_go_with_the_source(tmp_path):
+    made = []
+
+    def make(size):
+        made.append(size)
+        return np.zeros(size, np.uint8)
+
+    cache = ByteCache(100)
+    for key in (1, 2, 1, 3, 1, 2):  # 3 pushes out 2, which was used least recently.
+        cache.get(("a", key), lambda: make(40))
+    assert len(made) == 4
+    assert len(cache.get(("b", 0), lambda: make(1000))) == 1000  # Alone, and too large.
+    cache.get(("b", 0), lambda: make(1000))
+    assert made.count(1000) == 1
+    cache.drop("b")
+    assert cache._held == 0
+    pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    source = open_source(SourceConfig(path=str(tmp_path / "a.parquet")))
+    owner = id(source)
+    read(source)
+    assert any(key[0] == owner for key in records._GROUPS._kept)
+    del source
+    gc.collect()
+    assert not any(key[0] == owner for key in records._GROUPS._kept)
+
+
+def test_a_row_that_is_not_utf8_is_named_and_may_be_skipped(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pa.array([b"fine", b"caf\xe9", b"fine too"]).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    config = SourceConfig(path=str(tmp_path / "a.parquet"))
+    with pytest.raises(InputError, match=r"a\.parquet#0:1 is not UTF-8 .*skip_bad"):
+        read(open_source(config))
+    with pytest.warns(UserWarning, match=r"passed over, 1 of skip_bad=1: a\.parquet#0:1"):
+        assert read(open_source(dataclasses.replace(config, skip_bad=1))) == [
+            "fine",
+            "",
+            "fine too",
+        ]

@@ -51,3 +51,20 @@ def test_a_corpus_without_blocks_is_shuffled_whole(monkeypatch):
 def test_the_order_is_the_same_on_every_machine():
     # Written out once: a resumed run reads on where it was, with another numpy too.
     assert shuffle._order(10, 1, 2).tolist() == [7, 1, 3, 0, 4, 8, 9, 2, 6, 5]
+
+
+def test_the_order_of_a_block_is_drawn_once_though_many_readers_are_in_many_blocks(monkeypatch):
+    """Streams drift apart: 64 of them stand in more than a handful of blocks at once."""
+    drawn = []
+    real = BlockShuffle._make_within
+
+    def draw(self, epoch, block):
+        drawn.append((epoch, block))
+        return real(self, epoch, block)
+
+    monkeypatch.setattr(BlockShuffle, "_make_within", draw)
+    dataset = BlockShuffle(grain.MapDataset.source(range(6400)), [100] * 64, 0)
+    for i in range(100):
+        for reader in range(64):
+            dataset[(reader * 100 + i) % 6400]
+    assert len(drawn) == 64

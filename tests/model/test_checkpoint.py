@@ -1,5 +1,6 @@
 """Checkpoints: round trips, other meshes, retention, damage, a full disk, a kill in mid-save."""
 
+import errno
 import json
 import pathlib
 import resource
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 from typing import NamedTuple
 
@@ -16,9 +18,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxalope.errors import InputError
+from jaxalope.errors import InputError, ReadError
 from jaxalope.model import checkpoint
 from jaxalope.model.checkpoint import CheckpointStore, SaveError
+from jaxalope.model.step_folders import list_steps
 
 
 class Moments(NamedTuple):
@@ -276,16 +279,30 @@ def test_an_unwritable_directory_is_a_save_error(tmp_path):
         store.wait()
 
 
-def test_killed_in_mid_save_leaves_the_earlier_checkpoint_and_nothing_visible(tmp_path):
+def write_in_place(monkeypatch):
+    """Saves as on ``gs://``, where Orbax writes under the final name from the start."""
+    everything = types.SimpleNamespace(is_gcs_path=lambda path: True)
+    monkeypatch.setattr("orbax.checkpoint._src.path.atomicity_defaults.gcs_utils", everything)
+
+
+@pytest.mark.parametrize("scheme", ["renamed", "in place"])
+@pytest.mark.parametrize("earlier", [[], [1]])
+def test_killed_in_mid_save_leaves_the_earlier_checkpoint_and_nothing_visible(
+    tmp_path, scheme, earlier
+):
     program = textwrap.dedent(
         """
-        import os, signal, sys
+        import os, signal, sys, types
         import jax.numpy as jnp
         from jaxalope.model import checkpoint
+        if sys.argv[2] == "in place":
+            from orbax.checkpoint._src.path import atomicity_defaults
+            atomicity_defaults.gcs_utils = types.SimpleNamespace(is_gcs_path=lambda path: True)
         store = checkpoint.CheckpointStore(sys.argv[1])
-        store.save(1, {"params": {"x": jnp.ones(8)}}, {})
+        for step in sys.argv[3:]:
+            store.save(int(step), {"params": {"x": jnp.ones(8)}}, {})
         store.wait()
-        # The second save dies while its documents are being written.
+        # The last save dies while its documents are being written.
         class Dies(checkpoint._Documents):
             async def save(self, directory):
                 async def write():
@@ -298,13 +315,119 @@ def test_killed_in_mid_save_leaves_the_earlier_checkpoint_and_nothing_visible(tm
         store.wait()
         """
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True)
+    command = [sys.executable, "-c", program, str(tmp_path), scheme, *map(str, earlier)]
+    done = subprocess.run(command, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert any("tmp" in p.name for p in tmp_path.iterdir())
+    left = {p.name for p in tmp_path.iterdir()}
+    assert "2.saving" in left and ("2" in left) == (scheme == "in place")
+    # Who only reads, while the save is under way, is not told of damage.
+    assert list_steps(checkpoint.epath.Path(tmp_path), complete=False) == earlier
     with CheckpointStore(tmp_path) as store:
-        assert store.steps() == [1]
+        assert store.steps() == earlier and store.has_any() == bool(earlier)
+        assert [p.name for p in tmp_path.iterdir()] == list(map(str, earlier))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            save(store, 2)
+        assert store.restore(abstract(state())).step == 2
+
+
+@pytest.mark.parametrize("scheme", ["renamed", "in place"])
+def test_a_save_that_fails_leaves_nothing_of_its_own(tmp_path, monkeypatch, scheme):
+    if scheme == "in place":
+        write_in_place(monkeypatch)
+
+    class Fails(checkpoint._Documents):
+        async def save(self, directory):
+            async def write():
+                await directory.await_creation()
+                raise OSError(28, "No space left on device")
+
+            return write()
+
+    with CheckpointStore(tmp_path) as store:
+        save(store, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_Documents", Fails)
+            with pytest.raises(SaveError, match=r"the last good one is step 1\. Free space"):
+                save(store, 2)
         assert [p.name for p in tmp_path.iterdir()] == ["1"]
-        assert store.restore({"params": abstract({"x": jnp.ones(8)})}).step == 1
+        save(store, 2)
+        assert {p.name for p in tmp_path.iterdir()} == {"1", "2"}
+
+
+def test_killed_between_the_commit_and_the_end_of_its_note_is_whole(tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        save(store, 1)
+    (tmp_path / "1.saving").write_text("")
+    with CheckpointStore(tmp_path) as store:
+        assert store.steps() == [1] and store.has_any()
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        OSError(errno.EMFILE, "Too many open files"),
+        ConnectionResetError("reset by peer"),
+        ValueError("UNAVAILABLE: Error reading gs://bucket/x: HTTP 503"),
+        ValueError("DEADLINE_EXCEEDED: reading x"),
+        ValueError("UNKNOWN: Error opening x: Too many open files [OS error 24]"),
+        ExceptionGroup("reads", [ValueError("x"), OSError(errno.ENFILE, "Too many open files")]),
+    ],
+    ids=lambda error: str(error)[:20],
+)
+def test_a_storage_that_fails_for_the_moment_is_not_damage(tmp_path, monkeypatch, error):
+    real = checkpoint.ocp.load_checkpointables
+
+    def flaky(at, *args, **kwargs):
+        if at.name == "2":
+            try:
+                raise error
+            except Exception as e:
+                raise ValueError("could not read the tree") from e
+        return real(at, *args, **kwargs)
+
+    with CheckpointStore(tmp_path) as store:
+        save(store, 1, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.ocp, "load_checkpointables", flaky)
+            with pytest.raises(ReadError, match=r"step 2 .* could not be read.*Try again.*step="):
+                store.restore(abstract(state()))
+            assert {p.name for p in tmp_path.iterdir()} == {"1", "2"}
+            assert store.restore(abstract(state()), step=1).step == 1
+        assert store.restore(abstract(state())).step == 2
+
+
+def test_a_disk_that_cannot_be_looked_at_is_not_an_empty_one(tmp_path, monkeypatch):
+    """Else a run would begin anew on top of its own checkpoints, or clear good ones away."""
+    with CheckpointStore(tmp_path) as store:
+        save(store, 1, 2)
+
+    def stat(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(type(checkpoint.epath.Path(tmp_path)), "stat", stat)
+    with pytest.raises(OSError, match="Stale"):
+        CheckpointStore(tmp_path)
+    monkeypatch.undo()
+    assert CheckpointStore(tmp_path).steps() == [1, 2]
+
+
+def test_old_checkpoints_that_cannot_be_listed_do_not_undo_a_good_save(tmp_path, monkeypatch):
+    def prune(self):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with CheckpointStore(tmp_path, keep_last=1) as store:
+        save(store, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointStore, "_prune", prune)
+            with pytest.warns(UserWarning, match="old checkpoints .* not cleared: .*Input/output"):
+                save(store, 2)
+        assert store.steps() == [1, 2]
+        save(store, 3)
+        assert store.steps() == [3]
 
 
 def test_a_half_deleted_old_checkpoint_is_cleared_and_a_damaged_new_one_is_not(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 from jaxalope.configs.overlay import overlay
 from jaxalope.configs.registry import get_experiment
+from jaxalope.data.config import SourceConfig
 from jaxalope.errors import InputError
 from jaxalope.model import checkpoint
 from jaxalope.train import feed, loop, workdir
@@ -166,11 +167,11 @@ def test_a_truncated_checkpoint_falls_back_and_the_run_goes_on(bigram, straight,
 def test_another_experiment_is_refused_with_every_field_that_differs(bigram, straight):
     path, _ = straight
     text = (path / "experiment.json").read_text()
-    other = overlay(bigram, ["model.hidden_size=8", "schedule.learning_rate=1"])
+    other = overlay(bigram, ["model.hidden_size=8", "optimizer.weight_decay=1"])
     with pytest.raises(InputError) as error:
         train(other, path, devices=ONE, quiet=True)
     assert "model.hidden_size: 16 -> 8" in str(error.value)
-    assert "schedule.learning_rate: 0.03 -> 1.0" in str(error.value)
+    assert "optimizer.weight_decay: 0.1 -> 1.0" in str(error.value)
     with pytest.raises(InputError, match=r"train.steps: 8 -> 7"):
         train(overlay(bigram, ["train.steps=7"]), path, devices=ONE, quiet=True)
     assert (path / "experiment.json").read_text() == text
@@ -191,7 +192,11 @@ def test_the_fields_that_may_change_exist(bigram):
     from jaxalope.configs.overlay import paths
 
     known = set(paths(get_experiment("tiny")))
+    for field in ("data.sources", "data.eval_sources"):
+        known |= {f"{field}.{name}" for name in paths(SourceConfig())}
     assert set(workdir.MAY_CHANGE) <= known
+    assert workdir.may_change("data.sources.12.skip_bad")
+    assert not workdir.may_change("data.sources.12.path")
 
 
 def test_checkpoints_without_an_experiment_are_not_taken_over(bigram, tmp_path):
@@ -237,10 +242,78 @@ def test_a_loss_that_is_no_number_names_step_batch_and_checkpoint(bigram, tmp_pa
     good = (step - 1) // 2 * 2
     assert good >= 2
     assert f"the last good checkpoint, step {good} in {path}, is untouched" in message
+    assert f"repeats steps {good + 1} to {step} exactly" in message
+    for remedy in (f"--set train.skip_steps={step} ", "schedule.learning_rate", "train.clip_norm"):
+        assert remedy in message
     assert checkpoint.CheckpointStore(path / "checkpoints").steps()[-1] == good
     assert max(losses(path)) < step
     with pytest.raises(NonFiniteLoss, match=f"^step {step}:"):  # and again, from the checkpoint
         train(experiment, path, devices=ONE, quiet=True)
+
+
+def test_a_batch_that_is_not_finite_can_be_passed_over(bigram, tmp_path, capsys):
+    """The remedy that the message names: the run goes on, with every other batch in its place."""
+    experiment = poisoned(bigram, tmp_path / "corpus")
+    path = tmp_path / "run"
+    skip: list[int] = []
+    for _ in range(8):  # The poisoned document spans a few batches.
+        changes = ["train.steps=40", f"train.skip_steps=({','.join(map(str, skip))})"]
+        try:
+            result = train(overlay(experiment, changes), path, devices=ONE)
+            break
+        except NonFiniteLoss as error:
+            skip.append(int(str(error).split("step ")[1].split(":")[0]))
+            assert f"train.skip_steps={','.join(map(str, skip))} " in str(error)
+    assert result.step == 40 and skip
+    told = capsys.readouterr().err
+    assert "changed since the last run: train.skip_steps: " in told
+    lines = {line["step"]: line for line in read_metrics(path)}
+    assert all(lines[step] == {"step": step, "skipped": 1.0} | speed(lines[step]) for step in skip)
+    assert f"step {skip[0]:>2}/40  skipped" in told
+    saved = json.loads((path / "experiment.json").read_text())
+    assert saved["train"]["skip_steps"] == skip
+    # Beside them, the rate is that of the step, as if there had been no skipping.
+    assert int(result.state.opt_state.count) == 40
+    assert int(result.state.opt_state.adamw.count) == 40 - len(skip)
+
+
+def speed(line):
+    return {k: v for k, v in line.items() if "second" in k or k == "mfu"}
+
+
+def test_a_skipped_step_changes_nothing_but_the_count(bigram, straight, tmp_path):
+    """Steps before it are those of the run without; what it leaves, a checkpoint must hold."""
+    skipping = overlay(bigram, ["train.skip_steps=4", "train.eval_every=none"])
+    stopped = train(overlay(skipping, ["train.steps=4"]), tmp_path, devices=ONE, quiet=True)
+    upto = overlay(bigram, ["train.steps=3", "train.eval_every=none"])
+    before = train(upto, tmp_path / "before", devices=ONE, quiet=True)
+    assert_same_params(stopped.state.params, before.state.params)
+    assert_same_params(stopped.state.opt_state.adamw, before.state.opt_state.adamw)
+    assert int(stopped.state.step) == int(before.state.step) + 1 == 4
+    expected = losses(straight[0])
+    assert losses(tmp_path) == {step: expected[step] for step in (1, 2, 3)}
+    train(skipping, tmp_path, devices=ONE, quiet=True)
+    train(skipping, tmp_path / "whole", devices=ONE, quiet=True)
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 5, 6, 7, 8]
+    sharded = overlay(skipping, ["mesh.data=4", "mesh.fsdp=2"])
+    train(sharded, tmp_path / "sharded", quiet=True)
+    for step, loss in losses(tmp_path / "sharded").items():
+        assert loss == pytest.approx(losses(tmp_path)[step], rel=1e-5)
+
+
+def test_the_schedule_and_clipping_may_change_between_two_runs(bigram, straight, tmp_path, capsys):
+    first = overlay(bigram, ["train.steps=4"])
+    train(first, tmp_path, devices=ONE)
+    changes = ["schedule=cosine", "schedule.learning_rate=0.001", "train.clip_norm=0.5"]
+    result = train(overlay(bigram, changes), tmp_path, devices=ONE)
+    assert result.step == 8
+    told = capsys.readouterr().err
+    assert "schedule.learning_rate: 0.03 -> 0.001" in told and "train.clip_norm: 1.0 -> 0.5" in told
+    rates = losses(tmp_path, "lr")
+    assert rates[4] == losses(straight[0], "lr")[4] and rates[5] < 0.001
+    saved = json.loads((tmp_path / "experiment.json").read_text())
+    assert (saved["schedule"]["kind"], saved["train"]["clip_norm"]) == ("cosine", 0.5)
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused_at_once(bigram, tmp_path):

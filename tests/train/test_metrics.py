@@ -1,14 +1,18 @@
 """The record of a run: appending, resuming without duplicates, the terminal, the picture."""
 
+import errno
 import io
 import json
+import os
 import struct
+from typing import ClassVar
 
 import jax
 import pytest
 
 from jaxalope.train import hardware, metrics
-from jaxalope.train.metrics import Console, MetricsWriter, Stopwatch, read_metrics
+from jaxalope.train.console import Console, tell
+from jaxalope.train.metrics import MetricsWriter, Stopwatch, read_metrics
 from jaxalope.train.plots import loss_picture, write_loss_picture
 
 
@@ -42,32 +46,101 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "lr": 0.5}]
 
 
-def test_an_object_store_gets_the_same_lines_without_appending(tmp_path, monkeypatch):
-    class Store:
-        """A path that can only be written whole."""
+class Store:
+    """A path of an object store: written whole, and counted."""
 
-        def __init__(self, path):
-            self.path = path
+    written: ClassVar[list[tuple[str, int]]] = []
+    fails = False
 
-        def __truediv__(self, name):
-            return Store(self.path / name)
+    def __init__(self, path):
+        self.path = path
 
-        def __str__(self):
-            return f"gs://bucket{self.path}"
+    def __truediv__(self, name):
+        return Store(self.path / name)
 
-        def exists(self):
-            return self.path.exists()
+    def __str__(self):
+        return f"gs://bucket{self.path}"
 
-        def read_text(self):
-            return self.path.read_text()
+    def exists(self):
+        return self.path.exists()
 
-        def write_text(self, text):
-            self.path.write_text(text)
+    def read_text(self):
+        return self.path.read_text()
 
+    def write_text(self, text):
+        if Store.fails:
+            raise RuntimeError("503 Service Unavailable")
+        Store.written.append((self.path.name, len(text)))
+        self.path.write_text(text)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.epath, "Path", lambda p: p if isinstance(p, Store) else Store(p))
-    write(tmp_path, 0, 4)
-    write(tmp_path, 2, 3)
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    monkeypatch.setattr(Store, "written", [])
+    return tmp_path
+
+
+def test_an_object_store_gets_the_same_lines_without_appending(store):
+    write(store, 0, 4)
+    write(store, 2, 3)
+    assert [line["step"] for line in read_metrics(store)] == [1, 2, 3]
+
+
+def test_an_object_store_is_sent_a_few_lines_at_a_time(store, monkeypatch):
+    monkeypatch.setattr(metrics, "_FOLD", 10)
+    writer = MetricsWriter(store, 0)
+    for step in range(1, 96):
+        writer.write(step, {"loss": 1.0})
+        # Nothing waits: a kill at any time loses no line.
+        assert [line["step"] for line in read_metrics(store)] == list(range(1, step + 1))
+    sizes = [size for name, size in Store.written if name == metrics.TAIL]
+    assert max(sizes) <= 10 * 30
+    assert sum(name == metrics.FILE for name, _ in Store.written) == 1 + 9
+    # Killed between the two writes of a fold: the lines of the tail are in both files.
+    tail = (store / metrics.TAIL).read_text()
+    assert tail.count("\n") == 5
+    (store / metrics.FILE).write_text((store / metrics.FILE).read_text() + tail)
+    assert [line["step"] for line in read_metrics(store)] == list(range(1, 96))
+    writer.close()
+    assert (store / metrics.TAIL).read_text() == ""
+    assert [line["step"] for line in read_metrics(store)] == list(range(1, 96))
+    write(store, 93, 97)  # resumed
+    assert [line["step"] for line in read_metrics(store)] == list(range(1, 98))
+
+
+def test_lines_that_an_object_store_refused_are_reported_and_come_later(store, monkeypatch, capsys):
+    writer = MetricsWriter(store, 0)
+    writer.write(1, {"loss": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "fails", True)
+        writer.write(2, {"loss": 1.0})
+    assert "the metrics of step 2 were not written: 503" in capsys.readouterr().err
+    writer.write(3, {"loss": 1.0})
+    assert [line["step"] for line in read_metrics(store)] == [1, 2, 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "fails", True)
+        writer.close()
+    assert "the last metrics were not written: 503" in capsys.readouterr().err
+    assert [line["step"] for line in read_metrics(store)] == [1, 2, 3]
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"loss": 1.0})
+
+    def full(self, mode):
+        (tmp_path / metrics.FILE).write_text((tmp_path / metrics.FILE).read_text() + '{"st')
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(metrics.epath.Path(tmp_path)), "open", full)
+        writer.write(2, {"loss": 1.0})
+    assert "the metrics of step 2 were not written" in capsys.readouterr().err
+    writer.write(3, {"loss": 1.0})
+    writer.write(4, {"loss": 1.0})
+    writer.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 4]
 
 
 def test_tensorboard_gets_the_same_numbers_under_train_and_eval(tmp_path):
@@ -117,6 +190,44 @@ def test_console_draws_a_bar_on_a_terminal_and_quiet_prints_nothing():
     console.log(1, {"loss": 1.0})
     console.close()
     assert silent.getvalue() == ""
+
+
+def unread_pipe():
+    """A stream whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def closed_stream():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+class Interrupted(io.StringIO):
+    def write(self, text):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+
+
+class LostTerminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("make", [unread_pipe, closed_stream, Interrupted, LostTerminal])
+def test_what_nobody_can_read_is_no_error(make):
+    stream = make()
+    tell("hello", stream)
+    console = Console(10, 0, stream=stream)
+    console.advance(1)
+    console.log(1, {"loss": 1.0})
+    console.log_evaluation(1, {"eval_loss": 1.0})
+    console.close()
+    stream.close()  # With nothing left in it that would raise now.
 
 
 def test_stopwatch_leaves_pauses_out(monkeypatch):

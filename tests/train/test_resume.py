@@ -96,6 +96,22 @@ def test_sigterm_saves_and_exits_0(straight, tmp_path):
     assert losses(tmp_path) == straight[:stopped]
 
 
+@pytest.mark.parametrize("gone", ["stderr", "both"])
+def test_a_run_whose_reader_is_gone_stops_and_saves(tmp_path, gone):
+    """Ctrl-C ends the ``tee`` behind a pipe first: then nobody reads what the run still says."""
+    command = [*BIGRAM, f"--workdir={tmp_path}", "--set=train.steps=100000"]
+    merged = subprocess.STDOUT if gone == "both" else subprocess.PIPE
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=merged, text=True
+    )
+    wait_for(process, lambda: logged(tmp_path, 3))
+    (process.stdout if gone == "both" else process.stderr).close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(300) == 0
+    stopped = losses(tmp_path)[-1][0]
+    assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
+
+
 BIGRAM = [
     *COMMAND[:3],
     f"--config={pathlib.Path(__file__).parent / 'bigram.py'}",

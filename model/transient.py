@@ -1,0 +1,41 @@
+"""Telling a storage that fails for the moment from files that are damaged."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+# A network mount that hiccups, or too many open files.
+_ERRNOS = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EAGAIN,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+)
+# TensorStore raises a ValueError for everything: the status, or the system's words, tell.
+_WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", *map(os.strerror, _ERRNOS[:4]))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether ``error``, or what caused it, is of the storage and says nothing about the files."""
+    return any(
+        isinstance(e, ConnectionError | TimeoutError)
+        or (isinstance(e, OSError) and e.errno in _ERRNOS)
+        or any(words in str(e) for words in _WORDS)
+        for e in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    if error is None:
+        return
+    yield error
+    for member in getattr(error, "exceptions", ()):  # of an ExceptionGroup
+        yield from _causes(member)
+    yield from _causes(error.__cause__ if error.__suppress_context__ else error.__context__)
