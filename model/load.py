@@ -156,7 +156,13 @@ def _open_workdir(
         config = with_dtype(config, dtype)
     retrofits = retrofits_from_list(experiment.get("retrofits", []))
     rules = rules or AxisRules()
-    stored = read_document(directory, "checkpoint", step)["trees"]["ema" if ema else "params"]
+    trees = read_document(directory, "checkpoint", step)["trees"]
+    if ema and "ema" not in trees:
+        raise InputError(
+            f"{ema=}: {directory} kept no moving average of the parameters; leave ema out, or "
+            "train with one"
+        )
+    stored = trees["ema" if ema else "params"]
     graphdef, shapes, axes = abstract(lambda key: as_stored(build(config, retrofits, key), stored))
     places = None if mesh is None else shardings(shapes, axes, mesh, rules)
     documents = document_dir(directory, step)

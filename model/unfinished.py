@@ -41,7 +41,7 @@ def describe(path: epath.PathLike, *, ema: bool = False) -> dict[str, Any]:
     else:
         files = _files(directory)
     return {
-        "path": os.fspath(directory if _is_remote(directory) else directory.absolute()),
+        "path": str(directory if _is_remote(directory) else directory.absolute()),
         "ema": ema,
         "files": sorted([str(file.relative_to(directory)), *_state(file)] for file in files),
     }

@@ -115,6 +115,12 @@ class TestOneStep:
         with pytest.raises(InputError, match=r"of step=2 cannot be read.*there are \[1\].*another"):
             lazy["lm_head"]["kernel"].load()
 
+    def test_an_average_that_was_not_kept_is_said(self, filled, tmp_path):
+        jaxalope.save(filled(1.0), tmp_path / "w", "orbax")
+        for read in (jaxalope.load, open_lazily):
+            with pytest.raises(InputError, match=r"ema=True: .* kept no moving average"):
+                read(tmp_path / "w", ema=True)
+
     def test_a_published_model_has_one_set_of_weights(self, filled, tmp_path):
         jaxalope.save(filled(1.0), tmp_path / "m")
         assert pinned(tmp_path / "m") == tmp_path / "m"
