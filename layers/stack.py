@@ -122,10 +122,16 @@ class Stack(nnx.Module):
         self.plan = StackPlan(self.plan.num_blocks, self.plan.num_blocks, 0, 0)
 
     def init_cache(self, make: Callable[[nnx.Module], Any]) -> dict[str, list]:
-        """A cache for every block: ``make(block)``, stacked for the scanned ones."""
+        """A cache for every block: ``make(block)``, stacked for the scanned ones.
+
+        Of a scanned block ``make`` sees the shapes of one layer's parameters, no numbers.
+        """
 
         def stacked(block):
-            one = make(nnx.merge(*_repeat(block, 0)))
+            # Slices would cost as much as a layer's weights, for nothing but their shapes.
+            graphdef, state = nnx.split(block)
+            layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
+            one = make(nnx.merge(graphdef, layer))
             return jax.tree.map(
                 lambda leaf: jnp.broadcast_to(leaf, (self.plan.repeats, *leaf.shape)), one
             )

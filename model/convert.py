@@ -13,15 +13,17 @@ import sys
 import jax
 import numpy as np
 from absl import app, flags
+from etils import epath
 from flax import nnx
 from tqdm import tqdm
 
 from ..errors import InputError, SaveError
 from .handle import Model
-from .load import load, locate, open_lazily
+from .load import load, locate, open_lazily, pinned
 from .published import is_published, open_published
 from .registry import decoding_of
 from .save import FORMATS, save
+from .unfinished import describe
 
 _FROM = flags.DEFINE_string(
     "from", None, "A workdir, a published directory, or a hub id.", required=True
@@ -48,21 +50,22 @@ _PROMPT = flags.DEFINE_string(
 
 def convert() -> None:
     """Do what the flags say."""
-    source = locate(_FROM.value)
-    published = is_published(source)
     if _PLAN.value:
-        if not published:
-            raise InputError(f"--plan: {source} is a workdir; only published models have a plan")
-        print(open_published(source).plan.summary())
+        directory = locate(_FROM.value)
+        if not is_published(directory):
+            raise InputError(f"--plan: {directory} is a workdir; only published models have a plan")
+        print(open_published(directory).plan.summary())
         return
     if _TO.value is None:
         raise InputError("--to is absent; name the directory to write")
-    model = open_lazily(source, step=_STEP.value, ema=_EMA.value)
+    # One step for all that is read, be it while a run goes on and saves.
+    source = pinned(_FROM.value, step=_STEP.value, ema=_EMA.value)
+    model = open_lazily(source, ema=_EMA.value)
     sizes = [
         math.prod(x.shape) * np.dtype(_DTYPE.value or x.dtype).itemsize
         for x in jax.tree.leaves(model.params)
     ]
-    chosen = _FORMAT.value or ("orbax" if published else "hf")
+    chosen = _FORMAT.value or ("orbax" if is_published(source) else "hf")
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=f"writing {chosen}") as bar:
         save(
             model,
@@ -70,18 +73,18 @@ def convert() -> None:
             chosen,
             dtype=_DTYPE.value,
             shard_size=_SHARD_SIZE.value,
-            keep_partial=True,
+            source=describe(source, ema=_EMA.value),
             progress=bar.update,
         )
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.params))
     print(f"{_TO.value}: {count:,} parameters")
     if _VERIFY.value:
-        _verify()
+        _verify(source)
 
 
-def _verify() -> None:
+def _verify(source: epath.Path) -> None:
     # In float32, so that no rounding hides a difference.
-    before = _outputs(load(_FROM.value, step=_STEP.value, ema=_EMA.value, dtype="float32"))
+    before = _outputs(load(source, ema=_EMA.value, dtype="float32"))
     after = _outputs(load(_TO.value, dtype="float32"))
     difference = float(np.abs(before - after).max())
     size = float(np.abs(before).max())

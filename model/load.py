@@ -55,10 +55,7 @@ def load(
     """
     directory = locate(path)
     if is_published(directory):
-        if step is not None or ema:
-            raise InputError(
-                f"step={step}, ema={ema}: {path} is a published model, which has one set of weights"
-            )
+        _refuse_choice(path, step, ema)
         return open_published(
             directory, mesh=mesh, rules=rules, dtype=dtype, param_dtype=param_dtype
         ).load(progress)
@@ -72,26 +69,61 @@ def load(
 def open_lazily(path: epath.PathLike, *, step: int | None = None, ema: bool = False) -> Model:
     """A model as :func:`load` returns it, with a ``Lazy`` in the place of every array.
 
-    For those that take the arrays one after another; none is read before its ``load()``.
+    For those that take the arrays one after another; none is read before its ``load()``. All are of
+    one checkpoint, whatever a run saves in the meantime.
 
     Raises:
-        InputError: as :func:`load`.
+        InputError: as :func:`load`; from an array's ``load()``, if the checkpoint is damaged or was
+            deleted since (the one before it is not read then, as its arrays are of another step).
     """
-    directory = locate(path)
+    directory = pinned(path, step=step, ema=ema)
     if is_published(directory):
         return open_published(directory).load(lazily=True)
+    step = int(directory.name)
     model = _open_workdir(directory, step, ema)
 
     def lazy(path, x):
         name = path_name(path)
 
         def read():
-            found = restore_params(directory, {name: x}, step=step, ema=ema, partial=True)
+            try:
+                found = restore_params(
+                    directory.parent, {name: x}, step=step, ema=ema, partial=True
+                )
+            except InputError as error:
+                raise InputError(
+                    f"{name} of {step=} cannot be read, and arrays of two steps do "
+                    f"not go together: {error}; begin again with another step, or with a copy of "
+                    "this one if the run goes on and deletes it"
+                ) from error
             return found[name]
 
         return Lazy(x.shape, np.dtype(x.dtype), read)
 
     return dataclasses.replace(model, params=jax.tree.map_with_path(lazy, model.params))
+
+
+def pinned(path: epath.PathLike, *, step: int | None = None, ema: bool = False) -> epath.Path:
+    """The directory with the weights that ``path``, ``step`` and ``ema`` name now.
+
+    A published model's own, or that of one checkpoint: what is read there later is of one step.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    directory = locate(path)
+    if is_published(directory):
+        _refuse_choice(path, step, ema)
+        return directory
+    return document_dir(directory, step).parent
+
+
+def _refuse_choice(path: epath.PathLike, step: int | None, ema: bool) -> None:
+    """Raise if a choice is made among the weights of a published model."""
+    if step is not None or ema:
+        raise InputError(
+            f"step={step}, ema={ema}: {path} is a published model, which has one set of weights"
+        )
 
 
 def saved_config(path: epath.PathLike, field: str = "model") -> Any:
@@ -124,7 +156,13 @@ def _open_workdir(
         config = with_dtype(config, dtype)
     retrofits = retrofits_from_list(experiment.get("retrofits", []))
     rules = rules or AxisRules()
-    stored = read_document(directory, "checkpoint", step)["trees"]["ema" if ema else "params"]
+    trees = read_document(directory, "checkpoint", step)["trees"]
+    if ema and "ema" not in trees:
+        raise InputError(
+            f"{ema=}: {directory} kept no moving average of the parameters; leave ema out, or "
+            "train with one"
+        )
+    stored = trees["ema" if ema else "params"]
     graphdef, shapes, axes = abstract(lambda key: as_stored(build(config, retrofits, key), stored))
     places = None if mesh is None else shardings(shapes, axes, mesh, rules)
     documents = document_dir(directory, step)

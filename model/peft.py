@@ -10,18 +10,18 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from safetensors.numpy import load as parse_tensors
 from safetensors.numpy import save as format_tensors
 
 from ..errors import InputError
 from ..sharding import abstract, path_name, split
-from .exchange import layout_of_model
+from .exchange import layout_of_model, read_header
 from .exchange.layouts import Layout
 from .handle import Model
 from .lora import LoRAConfig, adapted
@@ -32,7 +32,7 @@ from .targets import linears
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-# Options of PEFT that change the computation, and the one value each has here.
+# Options of PEFT that change the computation, and the one value each has here; written as well.
 _FIXED = {
     "peft_type": "LORA",
     "bias": "none",
@@ -44,6 +44,22 @@ _FIXED = {
     "rank_pattern": {},
     "alpha_pattern": {},
 }
+# More of them, off where they are absent; not written, as an older PEFT does not know every one.
+_OFF = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+# Draws of a fresh adapter that leave the base as it is. The others (pissa, olora, corda, loftq,
+# lora_ga) take from the base what they put into the adapter: it is of another base than is here.
+_DRAWS = (None, True, False, "gaussian", "eva", "mica", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +147,8 @@ def load_lora(model: Model, path: epath.PathLike) -> Model:
         if not (directory / name).exists():
             raise InputError(f"adapter={str(path)!r}: there is no {name}")
     contents = json.loads((directory / CONFIG).read_text())
-    for name, value in _FIXED.items():
-        if (contents.get(name) or None) != (value or None):
-            raise InputError(
-                f"{directory / CONFIG}: {name}={contents[name]!r} is another computation than the "
-                f"one here, {value!r}; merge the adapter with PEFT and load the result"
-            )
-    tensors = parse_tensors((directory / WEIGHTS).read_bytes())
+    _check_computation(directory / CONFIG, contents)
+    tensors = {name: stored.read() for name, stored in read_header(directory / WEIGHTS).items()}
     places = {place.name: place for place in _places(model)}
     found: dict[str, list[tuple[_Place, np.ndarray, np.ndarray]]] = {}
     for name in tensors:
@@ -178,6 +189,26 @@ def load_lora(model: Model, path: epath.PathLike) -> Model:
             param[...] = jax.device_put(jnp.asarray(value), param[...].sharding)
     graphdef, params = split(module)
     return dataclasses.replace(adapted_model, graphdef=graphdef, params=params)
+
+
+def _check_computation(file: epath.Path, contents: Mapping[str, Any]) -> None:
+    """Raise if an ``adapter_config.json`` means another computation than the one here."""
+    for name, value in {**_FIXED, **dict.fromkeys(_OFF)}.items():
+        # PEFT writes an option that is off as null, false, or an empty list or dictionary.
+        if (contents.get(name) or None) != (value or None):
+            raise _other_computation(file, name, contents.get(name), repr(value))
+    draw = contents.get("init_lora_weights")
+    if (draw.lower() if isinstance(draw, str) else draw) not in _DRAWS:
+        raise _other_computation(
+            file, "init_lora_weights", draw, "an adapter beside the base as it was published"
+        )
+
+
+def _other_computation(file: epath.Path, name: str, value: Any, ours: str) -> InputError:
+    return InputError(
+        f"{file}: {name}={value!r} is another computation than the one here, {ours}; merge the "
+        "adapter with PEFT and load the result"
+    )
 
 
 def _places(model: Model) -> Iterator[_Place]:

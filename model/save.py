@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from ..errors import InputError, SaveError
+from ..errors import InputError
 from ..sharding import path_name
 from .checkpoint import CheckpointStore
 from .exchange import Lazy
-from .exchange.write import PARTIAL
 from .handle import Model
 from .int8 import is_int8
 from .published import write_published
 from .registry import config_to_dict
 from .retrofit import retrofits_to_list
+from .unfinished import appearing
 
 FORMATS = ("hf", "orbax")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -33,7 +32,7 @@ def save(
     *,
     dtype: str | None = None,
     shard_size: str | int = "5GB",
-    keep_partial: bool = False,
+    source: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write a model into a new directory, which appears when it is whole.
@@ -45,8 +44,10 @@ def save(
             workdir as training leaves it, from which :func:`jaxalope.load` and ``init_from`` read.
         dtype: of the tensors; as they were read (of another model: as they are) if None.
         shard_size: of a safetensors file, such as ``"5GB"``, or bytes.
-        keep_partial: leave what a failure had written in ``<path>.partial``, for another call to go
-            on with; what is there already is used.
+        source: what the model was read from, as :func:`.unfinished.describe` says it. Whole files
+            of the published form that a failure left in ``<path>.partial`` stay there then, and
+            another call with the same source and arguments goes on with them; any other, and one to
+            a workdir, which Orbax writes in one go, begins anew. If None, nothing is left.
         progress: called with a number of bytes whenever as many have been written.
 
     Raises:
@@ -63,7 +64,10 @@ def save(
         )
     size = num_bytes(shard_size)
     path = _absolute(path)
-    with _appearing(path, keep_partial) as directory:
+    tag = None
+    if source is not None and format == "hf":
+        tag = {"source": source, "format": format, "dtype": dtype, "shard_size": size}
+    with appearing(path, tag) as directory:
         if format == "hf":
             write_published(directory, model, shard_size=size, dtype=dtype, progress=progress)
         else:
@@ -81,36 +85,6 @@ def num_bytes(size: str | int) -> int:
     if number < 1:
         raise InputError(f"shard_size={size!r} is no size; write it like '5GB'")
     return number
-
-
-@contextlib.contextmanager
-def _appearing(path: epath.Path, keep_partial: bool) -> Iterator[epath.Path]:
-    """A directory beside ``path`` that becomes ``path`` if the body ends well."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"path={str(path)!r} is there already; remove it, or give another name")
-    unfinished = path.parent / (path.name + PARTIAL)
-    try:
-        if unfinished.exists() and not keep_partial:
-            unfinished.rmtree()
-        unfinished.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        if path.exists():
-            path.rmdir()
-        unfinished.rename(path)
-    except OSError as error:
-        if not keep_partial:
-            with contextlib.suppress(OSError):
-                unfinished.rmtree()
-        kept = f"what was written so far is in {unfinished}" if keep_partial else "nothing is left"
-        raise SaveError(
-            f"the model could not be saved as {path}: {error}; {kept}. Free space there, or make "
-            "that path writable, and run the same again"
-        ) from error
-    except BaseException:
-        if not keep_partial:
-            with contextlib.suppress(OSError):
-                unfinished.rmtree()
-        raise
 
 
 def _write_workdir(

@@ -178,3 +178,4 @@ def write_file(file: epath.Path, header: bytes, tensors: Iterable[np.ndarray]) -
         opened.write(header)
         for tensor in tensors:
             opened.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+            del tensor  # It may be a view, and keep its array while the next one is read.

@@ -1,7 +1,7 @@
 """From our parameters to published tensors: files as transformers writes and reads them.
 
 A directory appears under its name only when all of it is there; until then it is called
-``<name>.partial``, whose complete files a repeated call takes over.
+``<name>.partial``, whose complete files a repeated call takes over (see :mod:`..unfinished`).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Sources:
         dtype: np.dtype | None = None,
         read_as: Mapping[str, Form] | None = None,
     ):
-        # Tensors follow one another as arrays do; a tensor may be merged of several arrays.
-        self._get = functools.lru_cache(maxsize=4)(lambda path: _loaded(get(path)))
+        self._get = get
+        self._held: dict[tuple[Any, ...], Any] = {}
         self._parts: dict[str, list[tuple[Leaf, Piece]]] = {}
         self.tensors: dict[str, Form] = {}
         for leaf, x in zip(leaves, abstract, strict=True):
@@ -59,8 +59,9 @@ class Sources:
     def tensor(self, name: str) -> np.ndarray:
         """A published tensor on the host."""
         dtype, shape = self.tensors[name]
+        self._hold([leaf.path for leaf, _ in self._parts[name]])
         parts = [
-            (leaf, piece, take(self._get(leaf.path), piece.at, piece.layout.published_order))
+            (leaf, piece, take(self._held[leaf.path], piece.at, piece.layout.published_order))
             for leaf, piece in self._parts[name]
         ]
         leaf, piece, value = parts[0]
@@ -70,6 +71,17 @@ class Sources:
         for leaf, piece, value in parts:
             piece.layout.write(target, value, leaf.own_shape)
         return target
+
+    def _hold(self, paths: Sequence[tuple[Any, ...]]) -> None:
+        """Hold these arrays and no others.
+
+        Tensors follow one another as arrays do, so each array is read once; those of the tensor
+        before are let go of before the next are read, as one of them may be a third of the model.
+        """
+        self._held = {path: x for path, x in self._held.items() if path in paths}
+        for path in paths:
+            if path not in self._held:
+                self._held[path] = _loaded(self._get(path))
 
 
 def _loaded(x: Any) -> Any:
@@ -134,7 +146,7 @@ def write_weights(
     A file that is complete already, with the same header, is left as it is.
 
     Args:
-        directory: exists.
+        directory: exists, and holds no weights but of the same source.
         sources: of the tensors.
         shard_size: bytes a file, at most (but for a larger tensor).
         progress: called with the number of bytes after each tensor.

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxalope import InputError
 from jaxalope.layers.attention import Attention
+from jaxalope.layers.ops.attention import xla
 from jaxalope.sharding import (
     AxisRules,
     MeshConfig,
@@ -218,6 +219,16 @@ def test_eight_devices_equal_one(mesh, rules, kv_heads):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found, expected
     )
     np.testing.assert_allclose(decoded, layer(jnp.asarray(np.asarray(x)))[0], atol=1e-4)
+
+
+def test_blocks_of_queries_are_sized_by_what_a_device_holds(monkeypatch):
+    seen, size = [], xla._query_block
+    monkeypatch.setattr(xla, "_query_block", lambda *counts: seen.append(counts) or size(*counts))
+    layer = make()
+    jax.eval_shape(lambda: layer(inputs(batch=8))[0])
+    with use_mesh(make_mesh(MeshConfig(data=4, tensor=2)), AxisRules()):
+        jax.eval_shape(lambda: layer(inputs(batch=8))[0])
+    assert seen == [(8 * 4, LENGTH), (2 * 2, LENGTH)]
 
 
 def test_bad_sizes_are_named():

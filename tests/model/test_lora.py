@@ -6,8 +6,10 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -24,6 +26,7 @@ from jaxalope.model import (
     build_model,
     save_lora,
 )
+from jaxalope.model.exchange.files import encode_header, write_file
 from jaxalope.model.lora import adapted
 from jaxalope.model.published import published_tensors
 from jaxalope.model.retrofit import attached, build
@@ -302,6 +305,21 @@ def test_a_part_of_a_published_map_is_no_peft_adapter(models, tmp_path):
     [
         ({"use_dora": True}, "use_dora=True is another computation"),
         ({"bias": "all"}, "bias='all' is another computation"),
+        ({"peft_type": None}, "peft_type=None is another computation"),
+        (
+            {"lora_bias": True},
+            "lora_bias=True is another .*merge the adapter with PEFT",
+        ),
+        ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens=\[5, 6\] is another"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, r"layer_replication=\[\[0, 2\], .* is another"),
+        ({"use_qalora": True}, "use_qalora=True is another"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16' is another"),
+        (
+            {"init_lora_weights": "OLoRA"},
+            "init_lora_weights='OLoRA' is another .*merge the adapter",
+        ),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' is another"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda' is another"),
         ({"r": 4}, "lora_A of .* has shape .* does not fit rank 4"),
         ("rename", "mlp.other.* has no place in this model"),
         ("remove", "there is no adapter_model.safetensors"),
@@ -311,7 +329,10 @@ def test_peft_files_that_do_not_fit_are_refused(change, message, models, tmp_pat
     save_lora(trained(models["neox"], targets=("up_proj",)), tmp_path)
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     if isinstance(change, dict):
-        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        contents = json.loads(config.read_text()) | change
+        if contents["peft_type"] is None:
+            del contents["peft_type"]  # A field that is absent is told as None.
+        config.write_text(json.dumps(contents))
     elif change == "rename":
         tensors = load_file(weights)
         save_file({n.replace("dense_h_to_4h", "other"): x for n, x in tensors.items()}, weights)
@@ -319,6 +340,34 @@ def test_peft_files_that_do_not_fit_are_refused(change, message, models, tmp_pat
         pathlib.Path(weights).unlink()
     with pytest.raises(InputError, match=message):
         load_lora(models["neox"], tmp_path)
+
+
+@pytest.mark.parametrize("draw", [True, False, "gaussian", "eva", "mica", "orthogonal"])
+def test_peft_files_whose_draw_left_the_base_alone_are_read(draw, models, tmp_path):
+    model = trained(models["neox"], targets=("up_proj",))
+    save_lora(model, tmp_path)
+    config = tmp_path / "adapter_config.json"
+    off = {"lora_bias": False, "layer_replication": None, "target_parameters": []}
+    contents = json.loads(config.read_text()) | off | {"init_lora_weights": draw}
+    config.write_text(json.dumps(contents))
+    back = load_lora(models["neox"], tmp_path)
+    theirs = flat(model.params)
+    assert all(np.array_equal(x, theirs[n]) for n, x in flat(back.params).items())
+
+
+def test_peft_files_in_bfloat16_are_read(models, tmp_path):
+    """As PEFT saves the adapters of a model in bfloat16, which most are."""
+    model = trained(models["neox"], targets=("up_proj",))
+    save_lora(model, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = {n: x.astype(ml_dtypes.bfloat16) for n, x in load_file(weights).items()}
+    forms = {n: (x.dtype, x.shape) for n, x in tensors.items()}
+    write_file(epath.Path(weights), encode_header(forms), tensors.values())
+    back, theirs = flat(load_lora(models["neox"], tmp_path).params), flat(model.params)
+    for n in (n for n in back if "lora" in n):
+        rounded = np.asarray(theirs[n]).astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(back[n], rounded)
+        assert back[n].dtype == jnp.float32
 
 
 # --------------------------------------------------------------------------------------- errors

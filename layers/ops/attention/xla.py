@@ -1,4 +1,7 @@
-"""Attention as XLA compiles it: query blocks one after another, so that memory is linear in T."""
+"""Attention as XLA compiles it: query blocks one after another, so that memory is linear in T.
+
+A block's scores against all keys are what it holds, a few times over; long keys make it smaller.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import jax.numpy as jnp
 
 from .mask import visible
 
-_QUERY_BLOCK = 512
+_BLOCK_BYTES = 1 << 30  # Of a block's float32 scores on one device.
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 512
 _HIDDEN = -1e30  # Finite: a row without a visible key must not become NaN.
 _FEW_ROWS = 32
 
@@ -15,6 +19,7 @@ _FEW_ROWS = 32
 def attention(q, k, v, queries, keys, *, scale, softcap, window, block):
     """See :func:`..attention`."""
     batch, length, heads, width = q.shape
+    size = _query_block(batch * heads, k.shape[1])
     # Heads stand before tokens in every product: then no score is moved, forward or backward.
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
@@ -31,14 +36,14 @@ def attention(q, k, v, queries, keys, *, scale, softcap, window, block):
         out = jnp.einsum("bgrs,bgsv->bgrv", weights.reshape(*rows.shape[:3], -1), v)
         return jnp.swapaxes(out.reshape(batch, heads, q.shape[1], -1), 1, 2)
 
-    if length <= _QUERY_BLOCK:
+    if length <= size:
         out = some(q, queries)
     else:
-        pad = -length % _QUERY_BLOCK
+        pad = -length % size
 
         def blocked(x):
             x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-            x = x.reshape(batch, -1, _QUERY_BLOCK, *x.shape[2:])
+            x = x.reshape(batch, -1, size, *x.shape[2:])
             return jnp.moveaxis(x, 1, 0)
 
         # Scores are recomputed in the backward pass instead of kept for every block.
@@ -47,6 +52,16 @@ def attention(q, k, v, queries, keys, *, scale, softcap, window, block):
         )
         out = jnp.moveaxis(out, 0, 1).reshape(batch, length + pad, *out.shape[3:])[:, :length]
     return out.reshape(batch, length, heads, v.shape[-1])
+
+
+def _query_block(rows: int, keys: int) -> int:
+    """How many queries of each of ``rows`` heads of a batch are scored at a time: a power of two.
+
+    Layers call the operator inside ``kernel_map``, so both counts are a device's own.
+    """
+    fitting = _BLOCK_BYTES // (4 * rows * keys)
+    power = 1 << max(fitting.bit_length() - 1, 0)
+    return min(max(power, _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
 def _scores(rows, k):

@@ -39,8 +39,9 @@ def short_conv(
       implementation: "reference", "xla", or None for the best one.
 
     Returns:
-      y in x's dtype, and the new state in x's dtype: the last S inputs of the row's last segment,
-      preceded by what was before them (the old state, or zeros after a segment start).
+      y in x's dtype, and the new state in the dtype of the old one (x's without one): the last S
+      inputs of the row's last segment, preceded by what was before them (the old state, or zeros
+      after a segment start).
 
     Raises:
       InputError: shapes that do not fit together, or an activation or implementation not on offer.
@@ -57,8 +58,10 @@ def short_conv(
         raise InputError(f"state has shape {state.shape}; x and weight ask {wanted}")
     if segment_ids is not None and segment_ids.shape != x.shape[:2]:
         raise InputError(f"segment_ids has shape {segment_ids.shape}; x asks {x.shape[:2]}")
+    # A loop carries the state: it comes back in the dtype in which it was given.
+    kept = x.dtype if state is None else state.dtype
     if state is not None:
         state = state.astype(x.dtype)
     run = _IMPLEMENTATIONS[implementation or "xla"]
     y, new_state = run(x, weight, state, segment_ids)
-    return _ACTIVATIONS[activation](y).astype(x.dtype), new_state
+    return _ACTIVATIONS[activation](y).astype(x.dtype), new_state.astype(kept)

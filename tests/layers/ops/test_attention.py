@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxalope import InputError
-from jaxalope.layers.ops.attention import Marks, attention
+from jaxalope.layers.ops.attention import Marks, attention, xla
 from jaxalope.layers.ops.attention.mask import visible
 
 
@@ -41,6 +41,49 @@ def test_equals_reference(shape):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     for a, b in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "expected"),
+    [
+        (32, 4096, 512),
+        (32, 2**14, 512),
+        (32, 2**14 + 1, 256),
+        (32, 2**17, 64),
+        (32, 2**20, 16),
+        (1024, 2**20, 16),
+        (8, 5, 512),
+    ],
+)
+def test_long_keys_make_blocks_of_queries_smaller(rows, keys, expected):
+    """A gibibyte of scores a device, but for the smallest block; Kimi Linear 48B has 32 heads."""
+    assert xla._query_block(rows, keys) == expected
+
+
+@pytest.mark.parametrize("length", [16, 17, 45, 64])
+def test_small_blocks_equal_one(length, monkeypatch):
+    """Lengths that do and do not divide, packed, values and every gradient."""
+    arrays, where = inputs(queries=length, keys=length + 6)
+    segments = jnp.broadcast_to(jnp.arange(length + 6) // 11, (2, length + 6))
+    where |= {"query_segments": segments[:, 6:], "key_segments": segments}
+
+    def run(*arrays):
+        out = attention(*arrays, **where, implementation="xla")
+        return jnp.sum(jnp.sin(out)), out
+
+    def outputs():
+        # A function of its own, or a compiled one would be found.
+        run_once = jax.value_and_grad(lambda *x: run(*x), argnums=(0, 1, 2), has_aux=True)
+        (_, out), grads = jax.jit(run_once)(*arrays)
+        return out, grads
+
+    one = outputs()
+    blocks = []
+    monkeypatch.setattr(xla, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(xla, "visible", lambda q, k, **kw: blocks.append(q) or visible(q, k, **kw))
+    small = outputs()
+    assert {marks.positions.shape for marks in blocks} == {(2, 16)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), small, one)
 
 
 @pytest.mark.parametrize("softcap", [None, 0.5])

@@ -52,6 +52,23 @@ def test_definition(implementation, length):
     close(short_conv(x, weight, implementation=implementation), by_numpy(x, weight, zeros))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_state_keeps_its_dtype(implementation, packed):
+    x, weight, state = draw(5)
+    x = x.astype(jnp.bfloat16)
+    segment_ids = jnp.ones(x.shape[:2], jnp.int32) if packed else None
+
+    def after(state):
+        settings = {"segment_ids": segment_ids, "implementation": implementation}
+        return short_conv(x, weight, state=state, **settings)
+
+    y, wide = after(state)
+    assert y.dtype == jnp.bfloat16 and wide.dtype == jnp.float32
+    assert after(None)[1].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(wide, x[:, -3:].astype(jnp.float32))
+
+
 def test_silu_is_applied_to_the_sum():
     x, weight, state = draw(5)
     y, _ = short_conv(x, weight, state=state)

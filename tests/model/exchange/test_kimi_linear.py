@@ -428,13 +428,13 @@ class TestFailures:
 
     def test_a_conversion_goes_on_where_it_stopped(self, model, tmp_path, full_disk):
         with pytest.raises(SaveError, match=r"m\.partial"):
-            jaxalope.save(model, tmp_path / "m", shard_size="20KB", keep_partial=True)
+            jaxalope.save(model, tmp_path / "m", shard_size="20KB", source={"path": "here"})
         assert not (tmp_path / "m").exists()
         kept = (tmp_path / "m.partial").glob("*.safetensors")
         done = {path.name: path.stat().st_mtime_ns for path in kept}
         assert done
         full_disk["tensors"] = 10**6
-        jaxalope.save(model, tmp_path / "m", shard_size="20KB", keep_partial=True)
+        jaxalope.save(model, tmp_path / "m", shard_size="20KB", source={"path": "here"})
         assert not (tmp_path / "m.partial").exists()
         after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "m").glob("*.safetensors")}
         assert done.items() < after.items()
