@@ -130,6 +130,8 @@ def make_batch(
         seeds = [int(seed) + i for i in range(count)]
     else:
         seeds = _each("seed", seed, count)
+    # Before the policies, which may have been made one for each row of these.
+    stops = _stops(model, stop_tokens, count)
     policies = [policy or Temperature(1.0)] * count
     if not (policy is None or isinstance(policy, Policy)):
         policies = list(policy)
@@ -139,7 +141,6 @@ def make_batch(
             )
     for own in policies:
         check_policy(model, own)
-    stops = _stops(model, stop_tokens, count)
 
     # A mesh takes whole shares of the batch: copies of the last prompt, done from the start, fill
     # the last one up.
