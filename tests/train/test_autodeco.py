@@ -38,6 +38,8 @@ from jaxalope.train.step import (
 )
 from jaxalope.train.sums import row_uniform, shift, with_row_keys
 
+pytestmark = pytest.mark.long
+
 KEY = jax.random.key(0)
 TRAINABLE = r"decoding_heads\..*"
 

@@ -504,6 +504,7 @@ def losses(experiment, mesh=None, steps=3):
     return np.array(found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_accumulation_and_devices_change_nothing(name):
     experiment = experiment_of(name)

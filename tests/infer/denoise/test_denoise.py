@@ -12,6 +12,8 @@ from jaxalope.infer.programs import _PROGRAMS
 from jaxalope.model import Model
 from jaxalope.sharding import MeshConfig, make_mesh, param_axes, shardings
 
+pytestmark = pytest.mark.long
+
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 90, n).tolist() for n in (9, 3, 14, 1)]
 SAMPLED = Chain(Temperature(0.7), TopK(20))
