@@ -30,6 +30,14 @@ import jax  # noqa: E402  (it must see the variables above)
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
+# Few tests, each of minutes: were they dealt out last, one worker would wait for the other.
+_FIRST = ("test_notebooks.py", "test_resume.py", "test_power.py", "test_kimi_linear.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The modules that take longest come first; the others stay in their order."""
+    items.sort(key=lambda item: item.path.name not in _FIRST)
+
 
 @pytest.fixture(scope="session")
 def fixtures() -> pathlib.Path:

@@ -146,6 +146,7 @@ MESHES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_equal_one(name):
     family, mesh, rules = MESHES[name]

@@ -188,6 +188,7 @@ class TestForms:
         same_bytes(published_tensors(jaxalope.load(changed)), read_all(changed))
 
 
+@pytest.mark.long
 class TestMeshes:
     @pytest.mark.parametrize("explicit", [True, False])
     def test_sharded_is_one_device(self, model, tmp_path, explicit, monkeypatch):
@@ -442,6 +443,7 @@ class TestFailures:
         same_bytes(read_all(tmp_path / "m"), published_tensors(model))
 
 
+@pytest.mark.long
 class TestCommandLine:
     def convert(self, *arguments):
         command = [sys.executable, "-m", "jaxalope.model.convert", *map(str, arguments)]
