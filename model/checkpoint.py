@@ -44,7 +44,7 @@ from .step_folders import (
     saving_note,
     set_aside,
 )
-from .transient import is_transient
+from .storage import absolute, is_transient
 
 try:
     from orbax.checkpoint import v1 as ocp
@@ -52,7 +52,7 @@ except ImportError:
     from orbax.checkpoint.experimental import v1 as ocp
 
 FORMAT = 1
-# These say nothing about the files, as do errors of the storage (see `transient`).
+# These say nothing about the files, as do errors of the storage (see `storage`).
 _NOT_DAMAGE = (MemoryError, PermissionError)
 
 _DISK_FULL = ("no space left", "quota exceeded", "file too large")
@@ -89,7 +89,7 @@ class CheckpointStore:
             raise InputError(f"checkpoint.keep_last={keep_last}: keep at least 1")
         if keep_best < 0:
             raise InputError(f"checkpoint.keep_best={keep_best}: give 0 or more")
-        self.directory = _absolute(directory)
+        self.directory = absolute(directory)
         self._keep_last, self._keep_best = keep_last, keep_best
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -363,7 +363,7 @@ def _wait_for_all(name: str) -> None:
 
 def _locate(path: epath.PathLike, step: int | None) -> tuple[epath.Path, int | None]:
     """``(directory of checkpoints, step)`` for a work directory or anything below it."""
-    path = _absolute(path)
+    path = absolute(path)
     if (path / "documents").exists() and path.name.isdigit():
         if step not in (None, int(path.name)):
             raise InputError(f"{path} is the checkpoint of one step; step={step} is another")
@@ -485,11 +485,6 @@ def _key(entry: Any) -> str:
         if hasattr(entry, attribute):
             return str(getattr(entry, attribute))
     return str(entry)
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path).expanduser()
-    return path if "://" in str(path) else path.absolute()
 
 
 def _placed(x: Any) -> jax.ShapeDtypeStruct:

@@ -19,6 +19,7 @@ from .int8 import is_int8
 from .published import write_published
 from .registry import config_to_dict
 from .retrofit import retrofits_to_list
+from .storage import absolute
 from .unfinished import appearing
 
 FORMATS = ("hf", "orbax")
@@ -63,7 +64,7 @@ def save(
             "on one machine: python -m jaxalope.model.convert"
         )
     size = num_bytes(shard_size)
-    path = _absolute(path)
+    path = absolute(path)
     tag = None
     if source is not None and format == "hf":
         tag = {"source": source, "format": format, "dtype": dtype, "shard_size": size}
@@ -117,8 +118,3 @@ def _write_workdir(
         store.save(0, {"params": params}, documents, files=files)
     if progress is not None:
         progress(sum(x.nbytes for x in jax.tree.leaves(params)))
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path).expanduser()
-    return path if "://" in str(path) else path.absolute()

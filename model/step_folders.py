@@ -17,6 +17,8 @@ import warnings
 
 from etils import epath
 
+from .storage import is_remote
+
 MARKER = "_CHECKPOINT_METADATA"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _SAVING = ".saving"
@@ -82,7 +84,7 @@ def remove_leftovers(directory: epath.Path) -> None:
 
 def exists(path: epath.Path) -> bool:
     """As ``path.exists()``, which on a local disk takes every error for absence."""
-    if "://" in str(path):
+    if is_remote(path):
         return path.exists()
     try:
         path.stat()

@@ -18,6 +18,7 @@ from ..errors import InputError, SaveError
 from .exchange import read_directory
 from .exchange.write import PARTIAL
 from .published import CONFIG, is_published
+from .storage import absolute, is_remote
 
 TAG = "unfinished.json"
 
@@ -41,7 +42,7 @@ def describe(path: epath.PathLike, *, ema: bool = False) -> dict[str, Any]:
     else:
         files = _files(directory)
     return {
-        "path": str(directory if _is_remote(directory) else directory.absolute()),
+        "path": str(absolute(directory)),
         "ema": ema,
         "files": sorted([str(file.relative_to(directory)), *_state(file)] for file in files),
     }
@@ -110,12 +111,8 @@ def _files(directory: epath.Path) -> Iterator[epath.Path]:
 
 def _state(path: epath.Path) -> tuple[int, int]:
     """``(bytes, time of change in ns)`` of a file."""
-    if _is_remote(path):
+    if is_remote(path):
         state = path.stat()
         return state.length, state.mtime * 10**9
     local = os.stat(path)
     return local.st_size, local.st_mtime_ns
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)

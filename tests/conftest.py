@@ -53,7 +53,7 @@ jaxtyping.install_import_hook(["jaxalope.layers", "jaxalope.model"], "beartype.b
 def absent_slice():
     """``absent_slice(topology)``: the devices of a TPU slice that is not there. Needs libtpu."""
     pytest.importorskip("libtpu")
-    from jaxalope.sharding import absent_devices  # After the hook below, which checks shapes.
+    from jaxalope.sharding import absent_devices  # After the hook above, which checks shapes.
 
     return absent_devices
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from ..model.storage import is_remote
 from .console import tell
 
 FILE = "metrics.jsonl"
@@ -55,7 +56,7 @@ class MetricsWriter:
         workdir = epath.Path(workdir)
         lines = [_to_line(line) for line in read_metrics(workdir) if line["step"] <= step]
         self._board = None
-        if "://" in str(workdir):
+        if is_remote(workdir):
             self._file: _Appended | _Uploaded = _Uploaded(workdir, lines)
             return
         self._file = _Appended(workdir, lines)

@@ -62,8 +62,7 @@ def full_match(pattern: str, encoding: Encoding = utf8) -> Expression:
     Raises:
       InputError: the pattern is not a regular expression, or uses what is not supported.
     """
-    algebra = _Algebra(encoding, sequence, choice, repeat)
-    return choice(*(branch.body for branch in _Parser(pattern, algebra).pattern()))
+    return choice(*(branch.body for branch in _Parser(pattern, _in_bytes(encoding)).pattern()))
 
 
 def spelled_out(pattern: str) -> str:
@@ -80,11 +79,11 @@ def spelled_out(pattern: str) -> str:
 
 def search(pattern: str, encoding: Encoding = utf8) -> Expression:
     """The texts in which `pattern` matches somewhere (`re.search`); else as `full_match`."""
-    rest, algebra = repeat(encoding(ALL)), _Algebra(encoding, sequence, choice, repeat)
+    rest = repeat(encoding(ALL))
     return choice(
         *(
             sequence(*[rest] * (not b.at_start), b.body, *[rest] * (not b.at_end))
-            for b in _Parser(pattern, algebra).pattern()
+            for b in _Parser(pattern, _in_bytes(encoding)).pattern()
         )
     )
 
@@ -97,6 +96,10 @@ class _Algebra:
     sequence: Callable[..., Any]
     choice: Callable[..., Any]
     repeat: Callable[[Any, int, int | None], Any]
+
+
+def _in_bytes(encoding: Encoding) -> _Algebra:
+    return _Algebra(encoding, sequence, choice, repeat)
 
 
 def _character_text(chars: Characters) -> str:

@@ -61,6 +61,8 @@ class Store:
     def __str__(self):
         return f"gs://bucket{self.path}"
 
+    __fspath__ = __str__
+
     def exists(self):
         return self.path.exists()
 

@@ -1,10 +1,12 @@
-"""Telling a storage that fails for the moment from files that are damaged."""
+"""Where files lie: on a local disk or an object store, and storage that fails for the moment."""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections.abc import Iterator
+
+from etils import epath
 
 # A network mount that hiccups, or too many open files.
 _ERRNOS = (
@@ -20,6 +22,17 @@ _ERRNOS = (
 )
 # TensorStore raises a ValueError for everything: the status, or the system's words, tell.
 _WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", *map(os.strerror, _ERRNOS[:4]))
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether ``path`` is a URL (``gs://...``), and not of a file system that is mounted here."""
+    return "://" in str(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """``path`` from the root, the home directory written out; a URL as it is."""
+    path = epath.Path(path).expanduser()
+    return path if is_remote(path) else path.absolute()
 
 
 def is_transient(error: BaseException) -> bool:
