@@ -30,6 +30,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "implementation": str,
         "chunk_size": int,
         "heads": int,  # a grid step, on TPU
+        "tasks": int,  # of the TPU kernels: chains that fill each other's gaps, a grid step
         # On GPU: columns of the state and key channels a program, warps where each is cut up.
         "value_block": int,
         "key_block": int,

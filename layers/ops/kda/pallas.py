@@ -65,10 +65,15 @@ def group_sum(x: Float[Array, "B T Hv padded"], like: Float[Array, "B T H K"]) -
     return jnp.sum(x, axis=3).astype(like.dtype) if x.shape[3] > 1 else x[..., 0, :]
 
 
-def segment_marks(segment_ids: Int[Array, "B T"], chunk: int) -> Float[Array, "B N 3 C"]:
-    """Each token's segment number; is it the segment that entered its chunk; that leaves it."""
+def segment_marks(
+    segment_ids: Int[Array, "B T"], chunk: int, axis: int = 2
+) -> Float[Array, "B N _ _"]:
+    """Each token's segment number; is it the segment that entered its chunk; that leaves it.
+
+    The three lie along `axis`: 2, or 3 for "B N C 3".
+    """
     number = segment_index(segment_ids).reshape(segment_ids.shape[0], -1, chunk)
     last = number[..., -1:]
     # A row starts inside its segment 0.
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    return jnp.stack([number, number == before, number == last], axis=2).astype(jnp.float32)
+    return jnp.stack([number, number == before, number == last], axis=axis).astype(jnp.float32)

@@ -1,18 +1,20 @@
 """KDA by Pallas kernels for TPU, forward and backward: one pass over the tokens each.
 
-A grid step is a chunk of a few heads, chunks innermost and in order (backward: from the last), with
-the float32 states in VMEM scratch from chunk to chunk: between the passes, what goes through HBM
-are inputs, outputs and, where a backward pass will follow, the state that enters each chunk,
-K*V/C floats a token and head. Scores, the inverse and what each token writes are computed again.
+A grid step is a few chunks of a few heads, chunks innermost and in order (backward: from the last),
+with the float32 states in VMEM scratch from chunk to chunk: between the passes, what goes through
+HBM are inputs, outputs and, where a backward pass will follow, the state that enters each chunk,
+K*V/C floats a token and head, with P and the inverse, 2*C numbers of q's dtype.
 
-The arithmetic is in `pallas_tpu_chunk.py`. Heads are laid along lanes, [B, T, H*K] in blocks of
-[C, K], so that arrays are not transposed; K and V are padded to whole lanes. Value heads of a group
-read their q/k head by index.
+The arithmetic is in `pallas_tpu_chunk.py` and `pallas_tpu_transpose.py`: a task is a chunk of a
+pack of heads, and the tasks of a grid step take turns. Heads are laid along lanes, [B, T, H*K], so
+that arrays are not transposed; K and V are padded to whole lanes. Value heads of a group read their
+q/k head by index.
 
 Source: Kimi Linear report, section 3.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,12 +25,17 @@ from jaxtyping import Array, Float, Int
 
 from .. import tuning
 from . import pallas_tpu_chunk as chunks
+from . import pallas_tpu_transpose as transposed
 from .pallas import check, group_sum, only_on, segment_marks, widen
+from .pallas_tpu_steps import in_turns
 from .shapes import shape_class
 
 _LANES = 128
-# Heads a grid step: their chains of small products are independent, and fill each other's gaps.
-_HEADS_A_STEP = 2
+# Value heads a grid step, and tasks, packs of these times chunks; where the table has nothing.
+_HEADS_A_STEP = 8
+_TASKS = 8
+# More than the 16 MiB that a kernel is given unasked; the smallest VMEM, TPU7x's, has 64.
+_VMEM_BYTES = 48 * 2**20
 _on_tpu = only_on("tpu", "pallas_tpu")
 
 
@@ -40,6 +47,8 @@ class _Plan(NamedTuple):
     heads: int  # value heads a grid step
     shared: int  # q/k heads a grid step
     group: int  # value heads a q/k head
+    pack: int  # value heads side by side in a chunk's arithmetic
+    chunks: int  # a grid step
     key: int
     value: int
     interpret: bool
@@ -48,36 +57,85 @@ class _Plan(NamedTuple):
 # Kernels -------------------------------------------------------------------------------------
 
 
-def _chunk(plan: _Plan, head: int, q, k, v, g, beta, marks) -> chunks.Chunk:
-    """Reads one head of a grid step's blocks."""
-    key, value = _lanes(head, plan.key), _lanes(head, plan.value)
-    shared = _lanes(head * plan.shared // plan.heads, plan.key)
-    marks = None if marks is None else marks[0, 0]
-    tokens = (q[0, :, shared], k[0, :, shared], v[0, :, value], g[0, :, key])
-    return chunks.prepare(*tokens, beta[0, head, 0], marks, plan.scale)
+class _Tokens(NamedTuple):
+    """The references of a grid step's tokens and of what goes with them."""
+
+    q: jax.Ref
+    k: jax.Ref
+    v: jax.Ref
+    g: jax.Ref
+    beta: jax.Ref
+    level: jax.Ref
+    runs: jax.Ref
+    later: jax.Ref
+
+    def prepare(self, plan: _Plan, heads: range, n: int, marks):
+        """Chunk n of some heads."""
+        shared = [h * plan.shared // plan.heads for h in heads]
+        if marks is not None:
+            marks = marks[0][0, n], marks[1][0, n]
+        return chunks.prepare(
+            *(_read(x, plan, shared, n, plan.key) for x in (self.q, self.k)),
+            _read(self.v, plan, heads, n, plan.value),
+            _read(self.g, plan, heads, n, plan.key),
+            self.beta[0, 0, _rows(plan, n), heads[0] : heads[-1] + 1],
+            marks,
+            chunks.Tables(*(x[...] for x in self[5:])),
+            plan.scale,
+        )
 
 
-def _lanes(head: int, width: int) -> slice:
-    return slice(head * width, (head + 1) * width)
+def _rows(plan: _Plan, n: int) -> slice:
+    return slice(n * plan.chunk, (n + 1) * plan.chunk)
+
+
+def _lanes(heads: Sequence[int], width: int) -> slice:
+    return slice(heads[0] * width, (heads[-1] + 1) * width)
+
+
+def _read(ref, plan: _Plan, heads: Sequence[int], n: int, width: int):
+    """Heads of chunk n, side by side."""
+    if len(set(heads)) == len(heads):
+        return ref[0, _rows(plan, n), _lanes(heads, width)]
+    parts = [ref[0, _rows(plan, n), _lanes([h], width)] for h in heads]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _packs(plan: _Plan) -> list[range]:
+    return [range(h, h + plan.pack) for h in range(0, plan.heads, plan.pack)]
 
 
 def _forward_kernel(plan: _Plan, packed: bool, save: bool, *refs):
     refs = list(refs)
-    *tokens, initial = [refs.pop(0) for _ in range(6)]
-    marks = refs.pop(0) if packed else None
+    *tokens, initial = [refs.pop(0) for _ in range(9)]
+    tokens, marks = _Tokens(*tokens), [refs.pop(0) for _ in range(2)] if packed else None
     o, final, *saved, state = refs
+    done = dict.fromkeys(_packs(plan), 0)  # chunks of each pack
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         state[...] = initial[0]
 
-    for head in range(plan.heads):
-        x = _chunk(plan, head, *tokens, marks)
-        before = state[head]
+    def task(heads: range, n: int):
+        x = yield from tokens.prepare(plan, heads, n, marks)
+        reads, overlaps = yield from chunks.scores(x)
+        inverse = yield from chunks.invert(x, overlaps)
+        while done[heads] < n:
+            yield
+        before = [state[h] for h in heads]
+        out, after = yield from chunks.advance(x, reads, inverse, before)
+        o[0, _rows(plan, n), _lanes(heads, plan.value)] = out.astype(o.dtype)
+        for h, new in zip(heads, after, strict=True):
+            state[h] = new
         if save:
-            saved[0][0, head, 0] = before
-        out, state[head] = chunks.advance(x, before)
-        o[0, :, _lanes(head, plan.value)] = out.astype(o.dtype)
+            states, scores = saved
+            for h, old in zip(heads, before, strict=True):
+                states[0, h, n] = old
+            for part, x in enumerate((reads, inverse)):
+                scores[0, heads[0] // plan.pack, n, part] = x.astype(scores.dtype)
+        done[heads] += 1
+
+    in_turns(task(heads, n) for n in range(plan.chunks) for heads in _packs(plan))
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -86,21 +144,38 @@ def _forward_kernel(plan: _Plan, packed: bool, save: bool, *refs):
 
 def _backward_kernel(plan: _Plan, packed: bool, *refs):
     refs = list(refs)
-    *tokens, states, do, dfinal = [refs.pop(0) for _ in range(8)]
-    marks = refs.pop(0) if packed else None
+    *tokens, states, scores, do, dfinal = [refs.pop(0) for _ in range(12)]
+    tokens, marks = _Tokens(*tokens), [refs.pop(0) for _ in range(2)] if packed else None
     dq, dk, dv, dg, dbeta, dinitial, dstate = refs
+    done = dict.fromkeys(_packs(plan), plan.chunks - 1)  # the chunk that is next
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         dstate[...] = dfinal[0]
 
-    for head in range(plan.heads):
-        key, value = _lanes(head, plan.key), _lanes(head, plan.value)
-        x = _chunk(plan, head, *tokens, marks)
-        grads = chunks.transpose(x, states[0, head, 0], do[0, :, value], dstate[head], plan.scale)
-        for ref, lanes, grad in zip((dq, dk, dv, dg), (key, key, value, key), grads, strict=False):
-            ref[0, :, lanes] = grad.astype(ref.dtype)
-        dbeta[0, head, 0], dstate[head] = grads[4:]
+    def task(heads: range, n: int):
+        rows = _rows(plan, n)
+        x = yield from tokens.prepare(plan, heads, n, marks)
+        while done[heads] > n:
+            yield
+        found = yield from transposed.through_state(
+            x,
+            *scores[0, heads[0] // plan.pack, n],
+            [states[0, h, n] for h in heads],
+            do[0, rows, _lanes(heads, plan.value)],
+            [dstate[h] for h in heads],
+        )
+        for h, new in zip(heads, found.dstates, strict=True):
+            dstate[h] = new
+        done[heads] -= 1
+        grads = yield from transposed.through_scores(x, found, plan.scale)
+        for ref, grad in zip((dq, dk, dv, dg), grads, strict=False):
+            width = plan.value if ref is dv else plan.key
+            ref[0, rows, _lanes(heads, width)] = grad.astype(ref.dtype)
+        dbeta[0, 0, rows, heads[0] : heads[-1] + 1] = grads.beta
+
+    last_first = reversed(range(plan.chunks))
+    in_turns(task(heads, n) for n in last_first for heads in _packs(plan))
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -116,8 +191,10 @@ def _specs(plan: _Plan, count: int, reverse: bool) -> dict[str, pl.BlockSpec]:
     def at(n):
         return count - 1 - n if reverse else n
 
+    span = plan.chunks * plan.chunk
+
     def tokens(width):
-        return pl.BlockSpec((1, plan.chunk, width), lambda b, h, n: (b, at(n), h))
+        return pl.BlockSpec((1, span, width), lambda b, h, n: (b, at(n), h))
 
     def shared(b, h, n):
         steps = plan.group * plan.shared // plan.heads  # that read the same q/k heads
@@ -125,23 +202,31 @@ def _specs(plan: _Plan, count: int, reverse: bool) -> dict[str, pl.BlockSpec]:
         return b, at(n), h if steps == 1 else jax.lax.div(h, jnp.int32(steps))
 
     state = (plan.value, plan.key)
+    scores = (2, plan.chunk, plan.pack * plan.chunk)
     return {
-        "shared": pl.BlockSpec((1, plan.chunk, plan.shared * plan.key), shared),
+        "shared": pl.BlockSpec((1, span, plan.shared * plan.key), shared),
         "key": tokens(plan.heads * plan.key),
         "value": tokens(plan.heads * plan.value),
-        "beta": pl.BlockSpec(
-            (1, plan.heads, 1, 1, plan.chunk), lambda b, h, n: (b, h, at(n), 0, 0)
+        "beta": pl.BlockSpec((1, 1, span, plan.heads), lambda b, h, n: (b, h, at(n), 0)),
+        "numbers": pl.BlockSpec(
+            (1, plan.chunks, 1, plan.pack * plan.chunk), lambda b, h, n: (b, at(n), 0, 0)
         ),
-        "marks": pl.BlockSpec((1, 1, 3, plan.chunk), lambda b, h, n: (b, at(n), 0, 0)),
+        "marks": pl.BlockSpec((1, plan.chunks, plan.chunk, 3), lambda b, h, n: (b, at(n), 0, 0)),
         "state": pl.BlockSpec((1, plan.heads, *state), lambda b, h, n: (b, h, 0, 0)),
-        "states": pl.BlockSpec((1, plan.heads, 1, *state), lambda b, h, n: (b, h, at(n), 0, 0)),
+        "states": pl.BlockSpec(
+            (1, plan.heads, plan.chunks, *state), lambda b, h, n: (b, h, at(n), 0, 0)
+        ),
+        "scores": pl.BlockSpec(
+            (1, plan.heads // plan.pack, plan.chunks, *scores),
+            lambda b, h, n: (b, h, at(n), 0, 0, 0),
+        ),
     }
 
 
 def _call(kernel, plan: _Plan, ins: dict, outs: dict, flops: int, *, reverse: bool):
     """Runs a kernel over (batch, heads, chunk); `ins`, `outs`: (kind of block, array) by name."""
     batch, length = ins["v"][1].shape[:2]
-    count = length // plan.chunk
+    count = length // (plan.chunk * plan.chunks)
     value_heads = ins["v"][1].shape[2] // plan.value
     specs = _specs(plan, count, reverse)
     arrays = [x for _, x in ins.values()]
@@ -150,12 +235,16 @@ def _call(kernel, plan: _Plan, ins: dict, outs: dict, flops: int, *, reverse: bo
     return pl.pallas_call(
         kernel,
         grid=(batch, value_heads // plan.heads, count),
-        in_specs=[specs[kind] for kind, _ in ins.values()],
+        in_specs=[
+            pl.BlockSpec(x.shape, lambda b, h, n: (0, 0)) if kind == "fixed" else specs[kind]
+            for kind, x in ins.values()
+        ],
         out_specs=[specs[kind] for kind, _ in outs.values()],
         out_shape=shapes,
         scratch_shapes=[pltpu.VMEM((plan.heads, plan.value, plan.key), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_BYTES,
         ),
         cost_estimate=pl.CostEstimate(
             flops=batch * value_heads * length * flops,
@@ -167,28 +256,32 @@ def _call(kernel, plan: _Plan, ins: dict, outs: dict, flops: int, *, reverse: bo
     )(*arrays)
 
 
-def _inputs(plan: _Plan, q, k, v, g, beta, marks) -> dict:
+def _inputs(plan: _Plan, q, k, v, g, beta, marks, more: dict) -> dict:
     """Arrays in the kernels' layout, by name, in the order of the kernels' arguments."""
 
     def lanes(x, width):
         return widen(x, width).reshape(*x.shape[:2], -1)
 
-    batch, length, heads = beta.shape
     q = q if plan.interpret else _on_tpu(q)
-    beta = jnp.swapaxes(beta.astype(jnp.float32), 1, 2)
+    fixed = chunks.tables(plan.chunk, plan.pack, q.dtype)
     ins = {
         "q": ("shared", lanes(q, plan.key)),
         "k": ("shared", lanes(k, plan.key)),
         "v": ("value", lanes(v, plan.value)),
         "g": ("key", lanes(g, plan.key)),
-        "beta": ("beta", beta.reshape(batch, heads, length // plan.chunk, 1, plan.chunk)),
-    }
-    return ins if marks is None else ins | {"marks": ("marks", marks)}
+        "beta": ("beta", _by_step(plan, beta)),
+        "level": ("fixed", jnp.asarray(fixed.level)),
+        "runs": ("fixed", jnp.asarray(fixed.runs)),
+        "later": ("fixed", jnp.asarray(fixed.later)),
+    } | more
+    if marks is None:
+        return ins
+    numbers = jnp.tile(marks[:, :, None, :, 0], (1, 1, 1, plan.pack))
+    return ins | {"numbers": ("numbers", numbers), "marks": ("marks", marks)}
 
 
-def _last(ins: dict, name: str) -> dict:
-    """`name`, where it is there, moved to the end."""
-    return {k: x for k, x in ins.items() if k != name} | {k: ins[k] for k in ins if k == name}
+def _by_step(plan: _Plan, x: Float[Array, "B T H"]) -> Float[Array, "B steps T heads"]:
+    return jnp.swapaxes(x.reshape(*x.shape[:2], -1, plan.heads).astype(jnp.float32), 1, 2)
 
 
 def _to_kernel(plan: _Plan, state: Float[Array, "B H K V"]) -> Float[Array, "B H Vp Kp"]:
@@ -199,22 +292,29 @@ def _to_kernel(plan: _Plan, state: Float[Array, "B H K V"]) -> Float[Array, "B H
 def _run_forward(plan: _Plan, save: bool, q, k, v, g, beta, initial_state, marks):
     batch, length, heads, width = v.shape
     key = q.shape[-1]
-    ins = _inputs(plan, q, k, v, g, beta, marks)
-    ins = _last(ins | {"initial": ("state", _to_kernel(plan, initial_state))}, "marks")
+    initial = {"initial": ("state", _to_kernel(plan, initial_state))}
+    ins = _inputs(plan, q, k, v, g, beta, marks, initial)
     f32, state = jnp.float32, (plan.value, plan.key)
     count = length // plan.chunk
     outs = {
         "o": ("value", jax.ShapeDtypeStruct(ins["v"][1].shape, v.dtype)),
         "final": ("state", jax.ShapeDtypeStruct((batch, heads, *state), f32)),
-        "states": ("states", jax.ShapeDtypeStruct((batch, heads, count, *state), f32)),
     }
-    if not save:
-        del outs["states"]
+    if save:
+        low = jnp.bfloat16 if q.dtype == jnp.bfloat16 else f32
+        scores = (2, plan.chunk, plan.pack * plan.chunk)
+        outs |= {
+            "states": ("states", jax.ShapeDtypeStruct((batch, heads, count, *state), f32)),
+            "scores": (
+                "scores",
+                jax.ShapeDtypeStruct((batch, heads // plan.pack, count, *scores), low),
+            ),
+        }
     flops = 6 * plan.key * plan.value + plan.chunk * (6 * plan.key + 4 * plan.value + plan.chunk)
     kernel = functools.partial(_forward_kernel, plan, marks is not None, save)
-    o, final, *states = _call(kernel, plan, ins, outs, flops, reverse=False)
+    o, final, *saved = _call(kernel, plan, ins, outs, flops, reverse=False)
     o = o.reshape(batch, length, heads, plan.value)[..., :width]
-    return (o, jnp.swapaxes(final, 2, 3)[:, :, :key, :width]), states
+    return (o, jnp.swapaxes(final, 2, 3)[:, :, :key, :width]), saved
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -223,22 +323,22 @@ def _kda(plan: _Plan, q, k, v, g, beta, initial_state, marks):
 
 
 def _kda_forward(plan: _Plan, q, k, v, g, beta, initial_state, marks):
-    out, (states,) = _run_forward(plan, True, q, k, v, g, beta, initial_state, marks)
-    return out, (q, k, v, g, beta, marks, states)
+    out, saved = _run_forward(plan, True, q, k, v, g, beta, initial_state, marks)
+    return out, (q, k, v, g, beta, marks, *saved)
 
 
 def _kda_backward(plan: _Plan, residuals, cotangents):
-    q, k, v, g, beta, marks, states = residuals
+    q, k, v, g, beta, marks, states, scores = residuals
     do, dfinal = cotangents
     batch, length, heads, width = v.shape
     key = q.shape[-1]
-    ins = _inputs(plan, q, k, v, g, beta, marks)
-    ins |= {
+    more = {
         "states": ("states", states),
+        "scores": ("scores", scores),
         "do": ("value", widen(do, plan.value).reshape(batch, length, -1)),
         "dfinal": ("state", _to_kernel(plan, dfinal)),
     }
-    ins = _last(ins, "marks")
+    ins = _inputs(plan, q, k, v, g, beta, marks, more)
 
     def wide(dtype):
         return "key", jax.ShapeDtypeStruct((batch, length, heads * plan.key), dtype)
@@ -260,7 +360,7 @@ def _kda_backward(plan: _Plan, residuals, cotangents):
     dq, dk = (x.reshape(batch, length, heads, plan.key) for x in (dq, dk))
     dv = dv.reshape(batch, length, heads, plan.value)[..., :width]
     dg = dg.reshape(batch, length, heads, plan.key)[..., :key]
-    dbeta = jnp.swapaxes(dbeta.reshape(batch, heads, length), 1, 2).astype(beta.dtype)
+    dbeta = jnp.swapaxes(dbeta, 1, 2).reshape(beta.shape).astype(beta.dtype)
     dinitial = jnp.swapaxes(dinitial, 2, 3)[:, :, :key, :width]
     return group_sum(dq, q), group_sum(dk, k), dv, dg, dbeta, dinitial, None
 
@@ -283,10 +383,11 @@ def kda_pallas_tpu(
 ) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
     """Chunkwise KDA on a TPU; both passes are kernels. Arguments as in `kda`.
 
-    q, k and v are float32 or bfloat16, g and the states float32; products that are not of the
-    inverse or of gradients of scores run in bfloat16 where q does, all others in float32. T must be
-    a multiple of chunk_size, a power of two >= 16; padding tokens carry k=v=beta=g=0. Under a mesh,
-    call it inside `jaxalope.sharding.kernel_map`, as the layer does. Reverse mode only.
+    q, k and v are float32 or bfloat16, g and the states float32. Where q is bfloat16 products are
+    of bfloat16 factors, or, of logs, of the inverse and of gradients of scores, of factors of 16
+    bits; else all are of float32. T must be a multiple of chunk_size, a power of two >= 16; padding
+    tokens carry k=v=beta=g=0. Under a mesh, call it inside `jaxalope.sharding.kernel_map`, as the
+    layer does. Reverse mode only.
 
     `interpret` runs the same kernels on any platform, slowly, for tests.
 
@@ -302,6 +403,11 @@ def kda_pallas_tpu(
     while value_heads % heads or (heads % group and group % heads):
         heads -= 1
     shared = max(1, heads // group)
-    plan = _Plan(scale, chunk_size, heads, shared, group, key, value, interpret)
-    marks = None if segment_ids is None else segment_marks(segment_ids, chunk_size)
+    pack = chunks.pack_of(chunk_size, heads)
+    count = v.shape[1] // chunk_size
+    steps = max(1, tuned.get("tasks", _TASKS) * pack // heads)
+    while count % steps:
+        steps -= 1
+    plan = _Plan(scale, chunk_size, heads, shared, group, pack, steps, key, value, interpret)
+    marks = None if segment_ids is None else segment_marks(segment_ids, chunk_size, axis=3)
     return _kda(plan, q, k, v, g, beta, initial_state, marks)
