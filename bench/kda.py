@@ -39,18 +39,12 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+import kda_problem
 import report
 from absl import app, flags
 
 import jaxalope.layers.ops.kda as kda_module
-from jaxalope.layers.ops.kda import (
-    kda,
-    kda_step,
-    l2norm,
-    pallas_gpu,
-    pallas_gpu_step,
-    softplus_gate,
-)
+from jaxalope.layers.ops.kda import kda_step, pallas_gpu, pallas_gpu_step
 from jaxalope.layers.ops.kda import step as step_module
 from jaxalope.layers.ops.kda.shapes import SHAPES, KdaShape
 from jaxalope.sharding import absent_devices
@@ -73,63 +67,23 @@ _OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JS
 
 
 def inputs(length: int, s: KdaShape | None = None):
-    """q, k, v, g, beta, initial state with the unbounded gate at its published initialisation."""
-    s, batch = s or SHAPES[_SHAPE.value], _BATCH.value
-    keys = jax.random.split(jax.random.key(0), 7)
-    narrow = (batch, length, s.num_heads, s.key_dim)
-    wide = (batch, length, s.num_value_heads, s.key_dim)
-    values = (batch, length, s.num_value_heads, s.value_dim)
-    rate = jax.random.uniform(keys[5], (s.num_value_heads,), minval=1.0, maxval=16.0)
-    q, k = (l2norm(jax.random.normal(key, narrow)).astype(_DTYPE.value) for key in keys[:2])
-    return (
-        q,
-        k,
-        jax.random.normal(keys[2], values).astype(_DTYPE.value),
-        softplus_gate(jax.random.normal(keys[3], wide) - 4.0, jnp.log(rate)),
-        jax.nn.sigmoid(jax.random.normal(keys[4], values[:-1])),
-        jax.random.normal(keys[6], (batch, s.num_value_heads, s.key_dim, s.value_dim)),
-    )
+    """Of the shape of the flags, or of another."""
+    return kda_problem.inputs(s or SHAPES[_SHAPE.value], _BATCH.value, length, _DTYPE.value)
 
 
 def programs(implementation: str, segment_ids=None):
     """The two passes as functions of the inputs."""
-
-    def forward(*arrays):
-        *tokens, state = arrays
-        return kda(
-            *tokens,
-            initial_state=state,
-            segment_ids=segment_ids,
-            chunk_size=_CHUNK.value,
-            # tokamax's kernels are of the bounded gate; what is compiled reads no values.
-            gate_lower_bound=-5.0 if implementation == "tokamax" else None,
-            implementation=implementation,
-        )
-
-    def both(*arrays):
-        out, pullback = jax.vjp(forward, *arrays)
-        return out, pullback(out)
-
-    return {"forward": forward, "forward+backward": both}
-
-
-_AUTO = jax.sharding.AxisType.Auto
+    return kda_problem.programs(implementation, _CHUNK.value, segment_ids)
 
 
 def compile_ahead(facts):
     """Compiles for `--topology`, and prints and writes what the compiler says."""
     device = absent_devices(_TOPOLOGY.value)[0]
-    place = jax.sharding.SingleDeviceSharding(device)
     rows, lines = [], []
     for length in map(int, _LENGTHS.value):
-        arrays = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            jax.eval_shape(functools.partial(inputs, length)),
-        )
+        arrays = jax.eval_shape(functools.partial(inputs, length))
         for name, program in programs(_FORM.value).items():
-            # Kernels that size their blocks by the chip find it in the mesh in force.
-            with jax.set_mesh(jax.make_mesh((1,), ("device",), (_AUTO,), devices=[device])):
-                compiled = jax.jit(program).lower(*arrays).compile()
+            compiled = report.compile_for(device, program, *arrays)
             cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
             row = {
                 "pass": name,

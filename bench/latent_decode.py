@@ -40,25 +40,6 @@ _MEMORY = flags.DEFINE_float("memory_gib", 8.0, "Largest cache.", lower_bound=0)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for a chip of this kind: v5e:2x2.")
 _OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JSON lines.")
 
-# Bytes/s of one JAX device's memory, from the makers' data sheets, by the start of `device_kind`;
-# the longest that fits counts. A TPU7x chip is two devices.
-BANDWIDTH = {
-    "TPU v5 lite": 819e9,
-    "TPU v5": 2765e9,
-    "TPU v6 lite": 1640e9,
-    "TPU7x": 3690e9,
-    "NVIDIA A100": 2039e9,
-    "NVIDIA H100": 3350e9,
-    "NVIDIA H200": 4800e9,
-    "NVIDIA B200": 8000e9,
-}
-
-
-def bandwidth(device: jax.Device) -> float | None:
-    """Bytes/s of the data sheet; None for what is not in the table."""
-    fitting = [kind for kind in BANDWIDTH if device.device_kind.startswith(kind)]
-    return BANDWIDTH[max(fitting, key=len)] if fitting else None
-
 
 def shapes(batch: int, context: int, sharding=None):
     """Queries, latents and positions of a call."""
@@ -105,7 +86,7 @@ def grid():
 
 def measure(facts):
     """Times every implementation on the device that is here."""
-    peak = bandwidth(jax.devices()[0])
+    peak = report.bandwidth(jax.devices()[0])
     rows, lines = [], []
     for batch, context, size in grid():
         q, latent, _ = shapes(batch, context)
@@ -153,7 +134,7 @@ def compile_ahead(facts):
                 "flops": cost["flops"],
                 "bytes_accessed": cost["bytes accessed"],
                 "temporary_bytes": memory.temp_size_in_bytes,
-                "bound_s": size / bandwidth(device),
+                "bound_s": size / report.bandwidth(device),
             }
             rows.append(facts | row)
             vmem = " + ".join(f"{x / 2**20:.1f}" for x in row["vmem_bytes"]) or "-"

@@ -21,6 +21,19 @@ _VMEM = re.compile(
     r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
 )
 
+# Bytes/s of one JAX device's memory, from the makers' data sheets, by the start of `device_kind`;
+# the longest that fits counts. A TPU7x chip is two devices.
+BANDWIDTH = {
+    "TPU v5 lite": 819e9,
+    "TPU v5": 2765e9,
+    "TPU v6 lite": 1640e9,
+    "TPU7x": 3690e9,
+    "NVIDIA A100": 2039e9,
+    "NVIDIA H100": 3350e9,
+    "NVIDIA H200": 4800e9,
+    "NVIDIA B200": 8000e9,
+}
+
 
 def facts(**more) -> dict:
     """Where and when: machine kind, versions, date. Goes into every row."""
@@ -65,6 +78,24 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def bandwidth(device: jax.Device) -> float | None:
+    """Bytes/s of the data sheet; None for what is not in the table."""
+    fitting = [kind for kind in BANDWIDTH if device.device_kind.startswith(kind)]
+    return BANDWIDTH[max(fitting, key=len)] if fitting else None
+
+
+def compile_for(device: jax.Device, program: Callable, *arrays):
+    """Compiles for one device that need not be here; of the arrays, only shapes and dtypes count.
+
+    Kernels that size their blocks by the chip find it in the mesh in force.
+    """
+    place = jax.sharding.SingleDeviceSharding(device)
+    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays)
+    auto = (jax.sharding.AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((1,), ("device",), auto, devices=[device])):
+        return jax.jit(program).lower(*arrays).compile()
 
 
 def vmem_bytes(compiled) -> list[int]:

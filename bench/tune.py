@@ -11,8 +11,10 @@ since what ran before leaves its mark on caches and clocks. A speed-up over the 
 within a turn. The defaults run under a second name too: what is measured of them is noise. The
 candidate of the largest median is kept for this kind of device and this class of shapes if that is
 ``--margin`` above 1 and above the second defaults', and if it was faster in nine turns of ten;
-otherwise the entry is removed, so that the defaults hold. The table, ``layers/ops/tuning.json``, is
-replaced at once and stays sorted: commit it. ``--dry_run`` leaves it alone.
+otherwise the entry is removed, so that the defaults hold, unless it is one of
+``bench/tpu_schedule.py``, whose sizes count only where the kernel is asked for by name. The table,
+``layers/ops/tuning.json``, is replaced at once and stays sorted: commit it. ``--dry_run`` leaves it
+alone.
 
 Candidates that cannot run here (a kernel for another platform) are left out by name.
 """
@@ -222,11 +224,15 @@ def main(argv):
     entry = None
     if median >= _MARGIN.value * noise and sure >= 0.9:
         entry = json.loads(best) | {key: facts[key] for key in ("jax", "date")}
-        entry["speedup"] = round(median, 2)
+        entry |= {"by": "time", "speedup": round(median, 2)}
+    path = pathlib.Path(_TABLE.value)
+    there = tuning.read(path).get(_OP.value, {}).get(kind, {}) if path.exists() else {}
+    if entry is None and there.get(problem.shape_class, {}).get("by") == "schedule":
+        print("the sizes by schedule stay: they change no default")
+        return
     verb = "would be" if _DRY.value else "is"
     print(f"{_OP.value} / {kind} / {problem.shape_class} {verb} {entry or 'the defaults'}")
     if not _DRY.value:
-        path = pathlib.Path(_TABLE.value)
         tuning.write(_OP.value, kind, {problem.shape_class: entry}, path)
 
 

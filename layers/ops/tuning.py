@@ -1,11 +1,12 @@
 """What was measured to be best on a kind of device: block sizes, and which implementation.
 
 ``tuning.json``, beside this file, maps ``operator -> device kind -> shape class -> choices``, and
-``bench/tune.py`` rewrites the entries of the device that it runs on. Operators look their choices
-up while they are traced, for the device kind of the mesh in force, or of this host's first device
-where there is none. A kind or a class that is not in the table has the defaults of the code. An
-entry that names an ``implementation`` is how a kernel becomes what ``implementation=None`` runs: on
-the kind of device that it was timed on, and nowhere else.
+``bench/tune.py`` rewrites the entries of the device that it runs on; sizes of KDA's TPU kernel may
+come from ``bench/tpu_schedule.py``, which needs none. Operators look their choices up while they
+are traced, for the device kind of the mesh in force, or of this host's first device where there is
+none. A kind or a class that is not in the table has the defaults of the code. An entry that names
+an ``implementation`` is how a kernel becomes what ``implementation=None`` runs: on the kind of
+device that it was timed on, and nowhere else.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ CHOICES: dict[str, dict[str, type]] = {
     "grouped_matmul": {"implementation": str, "block": int},
     "kda": {
         "implementation": str,
-        "chunk_size": int,
+        "chunk_size": int,  # of what `implementation=None` runs
+        # Of the device's kernel, where it is asked for by name.
+        "pallas_chunk_size": int,
         "heads": int,  # a grid step, on TPU
         "tasks": int,  # of the TPU kernels: chains that fill each other's gaps, a grid step
         # On GPU: columns of the state and key channels a program, warps where each is cut up.
@@ -40,8 +43,11 @@ CHOICES: dict[str, dict[str, type]] = {
     "latent_decode": {"implementation": str},
     "linear_cross_entropy": {"chunk_size": int},
 }
-# What else an entry holds: how it was found.
-FACTS = ("date", "jax", "speedup")
+# What else an entry holds: how it was found, by "time" or by the compiler's "schedule" of a device
+# that nobody had.
+FACTS = ("by", "date", "jax", "speedup")
+# Choices that say what `implementation=None` runs, and how: they are made by time.
+_TIMED = ("implementation", "chunk_size")
 
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]
 _TRIED: contextvars.ContextVar[Mapping[str, Mapping[str, Any]] | None] = contextvars.ContextVar(
@@ -100,15 +106,15 @@ def read(path: pathlib.Path = PATH) -> Table:
     """The table.
 
     Raises:
-        InputError: an operator, a choice or a type that is unknown.
+        InputError: an operator, a choice, a type or a way of finding it that is unknown, or a
+            default that was not timed.
     """
     table = json.loads(path.read_text(encoding="utf-8"))
     for operator, kinds in table.items():
         for kind, classes in kinds.items():
             for name, entry in classes.items():
                 where = f"{path.name}: {operator} / {kind} / {name}"
-                choices = {key: value for key, value in entry.items() if key not in FACTS}
-                _check_choices(operator, choices, where)
+                _check_entry(operator, entry, where)
     return table
 
 
@@ -125,8 +131,7 @@ def write(
         if entry is None:
             classes.pop(name, None)
             continue
-        choices = {key: value for key, value in entry.items() if key not in FACTS}
-        _check_choices(operator, choices, f"{operator} / {kind} / {name}")
+        _check_entry(operator, entry, f"{operator} / {kind} / {name}")
         classes[name] = dict(entry)
     if not classes:
         del table[operator][kind]
@@ -142,6 +147,18 @@ def write(
 @functools.cache
 def _committed() -> Table:
     return read(PATH)
+
+
+def _check_entry(operator: str, entry: Mapping[str, Any], where: str) -> None:
+    _check_choices(operator, {k: v for k, v in entry.items() if k not in FACTS}, where)
+    by = entry.get("by", "time")
+    if by not in ("time", "schedule"):
+        raise InputError(f"{where}: {by=} must be 'time' or 'schedule'")
+    wrong = [name for name in _TIMED if name in entry]
+    if by == "schedule" and wrong:
+        raise InputError(
+            f"{where}: {wrong[0]!r} decides what implementation=None runs, and {by=} is not a time"
+        )
 
 
 def _check_choices(operator: str, choices: Mapping[str, Any], where: str) -> None:

@@ -52,6 +52,8 @@ _IMPLEMENTATIONS = {
 # What `implementation=None` runs, by the platform that the code is lowered for, where the table of
 # `..tuning` has nothing. No kernel is here yet: no TPU and no GPU has timed one.
 _BY_PLATFORM = {"default": "xla"}
+# The kernels: a kind of device has one of them.
+_PALLAS = ("pallas_gpu", "pallas_tpu")
 # Implementations that have a kernel for one token.
 _STEP_KERNELS = ("pallas_gpu",)
 _CHUNK_SIZES = (16, 32, 64, 128)
@@ -84,7 +86,7 @@ def kda(
         is zero. A change of non-zero id between successive tokens restarts the state from zero.
       scale: factor of the queries; None is K ** -0.5.
       chunk_size: tokens a chunk, 16, 32, 64 or 128; every size gives the same result. None is 64,
-        or what `..tuning` knows to be faster.
+        or what `..tuning` knows to be faster for this implementation.
       gate_lower_bound: what no g is below, as the caller knows; None is unbounded. Only "tokamax"
         asks for it, for -5 or more.
       implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu" (float32 or bfloat16, heads
@@ -116,7 +118,7 @@ def kda(
         return o[:, None], state
     shapes = shape_class(q.shape[-1], v.shape[-1])
     if chunk_size is None:
-        chunk_size = tuning.chosen("kda", shapes).get("chunk_size", 64)
+        chunk_size = _tuned_chunk_size(implementation, shapes)
     chunk = min(chunk_size, max(_CHUNK_SIZES[0], 1 << (length - 1).bit_length()))
     q, k, v, g, beta, segment_ids = (
         _pad_tokens(x, -length % chunk) for x in (q, k, v, g, beta, segment_ids)
@@ -130,6 +132,17 @@ def _pad_tokens(x: Array | None, count: int) -> Array | None:
     if x is None or count == 0:
         return x
     return jnp.pad(x, ((0, 0), (0, count)) + ((0, 0),) * (x.ndim - 2))
+
+
+def _tuned_chunk_size(implementation: str | None, shapes: str) -> int:
+    """What the table has for this implementation: a size that suits one need not suit another."""
+    tuned = tuning.chosen("kda", shapes)
+    size = 64
+    if implementation in (None, tuned.get("implementation", _BY_PLATFORM["default"])):
+        size = tuned.get("chunk_size", size)
+    if implementation in _PALLAS:
+        size = tuned.get("pallas_chunk_size", size)
+    return size
 
 
 def _select(implementation: str | None, shapes: str, gate_lower_bound: float | None):

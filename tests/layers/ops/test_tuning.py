@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxalope import InputError
+from jaxalope.layers.ops import kda as kda_module
 from jaxalope.layers.ops import tuning
 from jaxalope.layers.ops.grouped_matmul import grouped_matmul, grouped_swiglu
 from jaxalope.layers.ops.kda import kda, l2norm, pallas_gpu
@@ -180,6 +181,27 @@ def test_what_cannot_take_its_arrays_gives_way_to_the_default(table):
         kda(*tokens, implementation="pallas_tpu")
 
 
+def test_a_chunk_size_is_of_the_implementation_that_it_was_chosen_for(table):
+    """Under None and by name, with a default of the table and with that of the code."""
+    named = (None, "xla", "reference", "pallas_tpu", "pallas_gpu")
+
+    def sizes(entry):
+        table({"kda": {"cpu": {"k16 v16": entry}}})
+        return [kda_module._tuned_chunk_size(name, "k16 v16") for name in named]
+
+    by_schedule = {"by": "schedule", "heads": 4, "pallas_chunk_size": 32}
+    assert sizes(by_schedule) == [64, 64, 64, 32, 32]
+    assert sizes({"chunk_size": 16}) == [16, 16, 64, 64, 64]
+    assert sizes({"implementation": "pallas_tpu", "chunk_size": 16}) == [16, 64, 64, 16, 64]
+    both = {"implementation": "xla", "chunk_size": 16, "pallas_chunk_size": 32}
+    assert sizes(both) == [16, 16, 64, 32, 32]
+    table({"kda": {"cpu": {"k16 v16": by_schedule}}})
+    tokens = kda_inputs()
+    with_it = text(kda, *tokens)
+    table({})
+    assert with_it == text(kda, *tokens)
+
+
 def test_trying_is_over_when_it_ends():
     with tuning.trying("kda", chunk_size=32):
         assert tuning.chosen("kda", "k7 v7") == {"chunk_size": 32}
@@ -190,9 +212,10 @@ def test_trying_is_over_when_it_ends():
 
 def test_writing_replaces_some_entries_and_keeps_the_others(table):
     table({"kda": {"TPU v9": {"a": {"heads": 4}}}})
-    tuning.write("kda", "cpu", {"b": {"chunk_size": 32, "jax": "1.2.3"}}, tuning.PATH)
+    entry = {"chunk_size": 32, "by": "time", "jax": "1.2.3"}
+    tuning.write("kda", "cpu", {"b": entry}, tuning.PATH)
     tuning.write("kda", "TPU v9", {"a": None}, tuning.PATH)
-    assert tuning.read(tuning.PATH) == {"kda": {"cpu": {"b": {"chunk_size": 32, "jax": "1.2.3"}}}}
+    assert tuning.read(tuning.PATH) == {"kda": {"cpu": {"b": entry}}}
     assert [p.name for p in tuning.PATH.parent.iterdir()] == ["tuning.json"]
 
 
@@ -203,6 +226,15 @@ def test_writing_replaces_some_entries_and_keeps_the_others(table):
         ({"kda": {"cpu": {"a": {"chunk": 32}}}}, r"kda / cpu / a: 'chunk' is not one of"),
         ({"kda": {"cpu": {"a": {"chunk_size": "32"}}}}, "chunk_size='32' must be a positive int"),
         ({"kda": {"cpu": {"a": {"heads": 0}}}}, "heads=0 must be a positive int"),
+        ({"kda": {"cpu": {"a": {"by": "guess"}}}}, "by='guess' must be 'time' or 'schedule'"),
+        (
+            {"kda": {"cpu": {"a": {"by": "schedule", "implementation": "pallas_tpu"}}}},
+            "'implementation' decides what implementation=None runs",
+        ),
+        (
+            {"kda": {"cpu": {"a": {"by": "schedule", "chunk_size": 32}}}},
+            "'chunk_size' decides what implementation=None runs",
+        ),
     ],
 )
 def test_a_bad_table_is_named(table, entries, message):

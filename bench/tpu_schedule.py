@@ -1,0 +1,258 @@
+"""KDA on a TPU that is not there: cycles of its programs, by the compiler's own schedule.
+
+    python bench/tpu_schedule.py --topology=tpu7x:2x2x1 --shape=kimi_48b --length=8192 \
+        --dtype=bfloat16 --implementations=pallas_tpu,xla,tokamax --chunk_sizes=32,64,128 \
+        --heads=2,4,8 --output=bench/results/kda_tpu_schedule.jsonl
+
+compiles the two passes for a chip of that kind (libtpu is needed, a TPU is not), and counts the
+bundles of VLIW code of every kernel and of every copy and fusion around them, each as often as
+the loops around it turn: a TensorCore runs its bundles in order, one a cycle. See `schedule.py`.
+
+What such a figure is: the compiler's plan. It shows which kernel has more to do, on which unit, and
+what a change of code or of block sizes changes. What it is not: a time. Nothing was run. Waiting
+for HBM is not in it, nor is any other stall: the MXU takes no more than its peak, and the plan of
+a large matrix product asks more of it (8192 x 8192 x 8192 in bfloat16, libtpu 0.0.42: for v5e 0.83
+of the cycles that the peak FLOP/s of the data sheet need, v5p 0.96, TPU7x 0.97). So a kernel that
+fills the MXU, or one whose bytes take longer than its cycles, is slower than it looks. What a
+SparseCore does meanwhile (on TPU7x, some changes of layout) is named and not counted. Code under a
+condition counts as always run. Compare two kernels under one compiler and for one chip only.
+
+The time that the bytes take is that of a program's inputs and outputs, once, at the data sheet's
+bandwidth; of a kernel or fusion, its operands and results in HBM, once, and the sum of these is the
+time of the parts' bytes. On v5p the two cores of a chip share a kernel's grid; cycles are of one.
+
+    python bench/tpu_schedule.py --topology=v5e:2x2 --shape=kimi_48b --dtype=bfloat16 \
+        --implementations=pallas_tpu --chunk_sizes=32,64,128 --heads=1,2,4,8 --tune
+
+keeps the sizes of least cycles, forward and backward, for `implementation="pallas_tpu"` on chips of
+that kind in `layers/ops/tuning.json`, unless sizes are there that were timed; `--dry_run` prints
+them only. The table says that they are by schedule, and they make no implementation a default.
+
+tokamax needs Python 3.12, and the bounded gate.
+"""
+
+import functools
+import importlib.metadata
+import itertools
+import os
+import pathlib
+import tempfile
+
+import jax
+import kda_problem
+import report
+import schedule
+from absl import app, flags
+
+from jaxalope.layers.ops import tuning
+from jaxalope.layers.ops.kda.shapes import SHAPES, shape_class
+from jaxalope.sharding import absent_devices
+
+_TOPOLOGY = flags.DEFINE_string("topology", "tpu7x:2x2x1", "The kind of chip: v5e:2x2, v6e:2x2.")
+_SHAPE = flags.DEFINE_enum("shape", "kimi_48b", sorted(SHAPES), "Heads and widths.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Rows.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 8192, "T.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of q, k and v.")
+_FORMS = flags.DEFINE_list("implementations", ["pallas_tpu"], "To compile.")
+_CHUNKS = flags.DEFINE_list("chunk_sizes", ["64"], "Tokens a chunk; tokamax has its own.")
+_HEADS = flags.DEFINE_list("heads", ["2"], "Heads a grid step, of pallas_tpu.")
+_CLOCK = flags.DEFINE_float("clock_ghz", None, "Of the TensorCore; None is what is assumed here.")
+_TUNE = flags.DEFINE_bool("tune", False, "Keep the sizes of least cycles in the table.")
+_DRY = flags.DEFINE_bool("dry_run", False, "With --tune: print only.")
+_TABLE = flags.DEFINE_string("table", str(tuning.PATH), "The table to rewrite.")
+_OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JSON lines.")
+
+# Hz of a TensorCore, by `device_kind`, and assumed: the makers' data sheets give bfloat16 FLOP/s
+# and MXUs instead. v5e: 197e12 / (4 MXUs x 128 x 128 x 2); v5p: 459e12 / (2 cores x the same); v6e:
+# 918e12 / (2 MXUs x 256 x 256 x 2 x 2); TPU7x: 2307e12 / (2 cores x the same). The last factor 2 of
+# v6e and TPU7x is inferred: schedules of large products need more than one 256-wide row a cycle.
+CLOCK = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9, "TPU7x": 2.2e9}
+
+# Seconds that tokamax's authors publish for its kernels, with the bounded gate, by what runs.
+PUBLISHED = {
+    ("TPU7x", "tokamax", "kimi_48b", 1, 8192, "bfloat16", "forward"): 1.78e-3,
+    ("TPU7x", "tokamax", "kimi_48b", 1, 8192, "bfloat16", "forward+backward"): 4.59e-3,
+}
+UNITS = ("MXU", "VALU", "XLU", "EUP", "VLOAD", "VSTORE")
+_BYTES = ("hbm_s", "parts_hbm_s")
+_BOTH = "forward+backward"
+
+
+def candidates():
+    """Implementation, chunk size and heads a grid step (None where it has no such choice)."""
+    for form in _FORMS.value:
+        chunks = [64] if form == "tokamax" else [int(c) for c in _CHUNKS.value]
+        heads = [int(h) for h in _HEADS.value] if form == "pallas_tpu" else [None]
+        yield from itertools.product([form], chunks, heads)
+
+
+def compiled(device, program, arrays, heads, folder) -> schedule.Program:
+    """The schedule of a program for that device. Leaves the folder empty."""
+    chosen = {} if heads is None else {"heads": heads}
+    try:
+        with tuning.trying("kda", **chosen):
+            text = report.compile_for(device, program, *arrays).as_text()
+        return schedule.program(text, folder)
+    finally:
+        for path in folder.iterdir():
+            path.unlink()
+
+
+def is_kernel(use: schedule.Use) -> bool:
+    return use.instruction.opcode == "custom-call" and "tpu_custom_call" in use.instruction.rest
+
+
+def part(use: schedule.Use, clock: float, bandwidth: float) -> dict:
+    """A kernel's or a fusion's share of a row."""
+    s = use.schedule
+    row = {"name": use.instruction.name, "pallas": is_kernel(use), "runs": use.runs}
+    row |= {"cycles": use.cycles, "hbm_s": use.hbm_bytes / bandwidth}
+    if s is not None:
+        row |= {"body_cycles": s.body, "grid_steps": s.trips, "share": s.share}
+        row |= {"spills": s.spills, "fills": s.fills, "at_least_cycles": s.at_least}
+    return row | {"seconds": use.cycles and use.cycles / clock}
+
+
+def measure(facts: dict, device, folder: pathlib.Path) -> list[dict]:
+    """Compiles and prints every candidate; the rows."""
+    s, rows = SHAPES[_SHAPE.value], []
+    clock = _CLOCK.value * 1e9 if _CLOCK.value else CLOCK[device.device_kind]
+    bandwidth = report.bandwidth(device)
+    arrays = jax.eval_shape(
+        functools.partial(kda_problem.inputs, s, _BATCH.value, _LENGTH.value, _DTYPE.value)
+    )
+    chunks_of_64 = _BATCH.value * _LENGTH.value / 64 * s.num_value_heads
+    for form, chunk, heads in candidates():
+        for name, run in kda_problem.programs(form, chunk).items():
+            what = {"pass": name, "form": form, "chunk_size": chunk, "heads": heads}
+            try:
+                found = compiled(device, run, arrays, heads, folder)
+            except Exception as error:  # A compiler's refusal has many classes: it is a result.
+                print(what, error, flush=True)
+                rows.append(facts | what | {"error": str(error)[:500]})
+                continue
+            cycles = found.cycles
+            where = (device.device_kind, form, _SHAPE.value, _BATCH.value, _LENGTH.value)
+            row = what | {
+                "cycles": cycles,
+                "at_least_cycles": found.at_least,
+                "unknown": found.unknown,
+                "kernel_cycles": sum(u.cycles or 0 for u in found.uses if is_kernel(u)),
+                "cycles_per_64_tokens": cycles and cycles / chunks_of_64,
+                "seconds": cycles and cycles / clock,
+                "hbm_s": found.hbm_bytes / bandwidth,
+                "parts_hbm_s": sum((u.runs or 1) * u.hbm_bytes for u in found.uses) / bandwidth,
+                "published_s": PUBLISHED.get((*where, _DTYPE.value, name)),
+                "assumed_clock_hz": clock,
+                "bandwidth": bandwidth,
+                "on_sparse_core": list(found.elsewhere),
+                "parts": [part(use, clock, bandwidth) for use in found.uses],
+            }
+            rows.append(facts | row)
+            print(f"compiled {form} {name} chunk_size={chunk} heads={heads}", flush=True)
+    return rows
+
+
+def thousands(row: dict) -> str:
+    """Cycles, or what they are at least, in thousands."""
+    if row["cycles"] is None:
+        return f">= {row['at_least_cycles'] / 1e3:,.0f}"
+    return f"{row['cycles'] / 1e3:,.0f}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def show(rows: list[dict]):
+    """Prints a table of the programs, and one of their kernels and of the largest part of each."""
+    programs, kernels = [], []
+    for row in rows:
+        if "error" in row:
+            continue
+        what = tuple(row[key] or "-" for key in ("form", "pass", "chunk_size", "heads"))
+        per = row["cycles_per_64_tokens"]
+        programs.append(
+            (
+                *what,
+                thousands(row),
+                f"{row['kernel_cycles'] / 1e3:,.0f}",
+                "-" if per is None else f"{per:,.0f}",
+                *(milliseconds(row[key]) for key in ("seconds", *_BYTES, "published_s")),
+                len(row["on_sparse_core"]),
+            )
+        )
+        largest = max(row["parts"], key=lambda part: part["cycles"] or 0, default=None)
+        for x in row["parts"]:
+            if "share" not in x or not (x["pallas"] or x is largest):
+                continue
+            shares = (f"{100 * x['share'].get(unit, 0):.0f}" for unit in UNITS)
+            cells = x["name"], x["runs"], x["body_cycles"], x["grid_steps"]
+            times = milliseconds(x["seconds"]), milliseconds(x["hbm_s"])
+            head = (*cells, thousands(x | {"at_least_cycles": x["at_least_cycles"]}), *times)
+            kernels.append((*what, *head, *shares, x["spills"], x["fills"]))
+    what = ("form", "pass", "chunk", "heads")
+    headers = (*what, "kcycles", "in kernels", "cycles / 64 tokens of a head", "ms")
+    more = ("ms of its bytes", "ms of its parts' bytes", "ms published", "on SparseCore")
+    print(report.table((*headers, *more), programs))
+    headers = (
+        *what,
+        "kernel",
+        "runs",
+        "cycles a step",
+        "steps",
+        "kcycles",
+        "ms",
+        "ms of its bytes",
+    )
+    print(report.table((*headers, *(f"{u} %" for u in UNITS), "spills", "fills"), kernels))
+
+
+def tune(rows: list[dict], kind: str, facts: dict):
+    """Keeps the sizes of least cycles in the table, if there are none that were timed."""
+    tried = [r for r in rows if r["pass"] == _BOTH and r["form"] == "pallas_tpu"]
+    tried = [r for r in tried if r.get("cycles") is not None]
+    if not tried:
+        raise app.UsageError("--tune: no candidate of pallas_tpu was compiled")
+    best = min(tried, key=lambda r: r["cycles"])
+    s, path = SHAPES[_SHAPE.value], pathlib.Path(_TABLE.value)
+    entry = {"pallas_chunk_size": best["chunk_size"], "heads": best["heads"], "by": "schedule"}
+    entry |= {key: facts[key] for key in ("jax", "date")}
+    shapes = shape_class(s.key_dim, s.value_dim)
+    there = tuning.read(path).get("kda", {}).get(kind, {}).get(shapes, {})
+    if there and there.get("by") != "schedule":
+        print(f"kda / {kind} / {shapes} stays {there}, which was timed; by schedule: {entry}")
+        return
+    print(f"kda / {kind} / {shapes} {'would be' if _DRY.value else 'is'} {entry}")
+    if not _DRY.value:
+        tuning.write("kda", kind, {shapes: entry}, path)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    # A program that comes from a cache is not compiled, and then nothing is written.
+    jax.config.update("jax_enable_compilation_cache", False)
+    with tempfile.TemporaryDirectory() as folder:
+        # libtpu reads it when it is loaded, which is below.
+        given = os.environ.get("LIBTPU_INIT_ARGS", "")
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {schedule.arguments(folder)}".strip()
+        device = absent_devices(_TOPOLOGY.value)[0]
+        facts = report.facts(
+            libtpu=importlib.metadata.version("libtpu"),
+            target=device.device_kind,
+            shape=_SHAPE.value,
+            batch=_BATCH.value,
+            length=_LENGTH.value,
+            dtype=_DTYPE.value,
+        )
+        print(" ".join(f"{key}={value}" for key, value in facts.items()), flush=True)
+        rows = measure(facts, device, pathlib.Path(folder))
+    show(rows)
+    report.write_rows(_OUTPUT.value, rows)
+    if _TUNE.value:
+        tune(rows, device.device_kind, facts)
+
+
+if __name__ == "__main__":
+    app.run(main)
