@@ -374,7 +374,7 @@ def _called(instruction: Instruction, attribute: str) -> str | None:
     return found and found[1]
 
 
-_NOT_WHAT_IT_DOES = re.compile(r"\b(metadata|frontend_attributes|sharding|backend_config)=.*")
+_NOT_WHAT_IT_DOES = re.compile(r",? *\b(metadata|frontend_attributes|sharding|backend_config)=.*")
 
 
 def _alike(computations: Computations, computation: str, instruction: Instruction) -> str:

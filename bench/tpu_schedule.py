@@ -189,23 +189,14 @@ def show(rows: list[dict]):
             shares = (f"{100 * x['share'].get(unit, 0):.0f}" for unit in UNITS)
             cells = x["name"], x["runs"], x["body_cycles"], x["grid_steps"]
             times = milliseconds(x["seconds"]), milliseconds(x["hbm_s"])
-            head = (*cells, thousands(x | {"at_least_cycles": x["at_least_cycles"]}), *times)
-            kernels.append((*what, *head, *shares, x["spills"], x["fills"]))
+            kernels.append((*what, *cells, thousands(x), *times, *shares, x["spills"], x["fills"]))
     what = ("form", "pass", "chunk", "heads")
     headers = (*what, "kcycles", "in kernels", "cycles / 64 tokens of a head", "ms")
     more = ("ms of its bytes", "ms of its parts' bytes", "ms published", "on SparseCore")
     print(report.table((*headers, *more), programs))
-    headers = (
-        *what,
-        "kernel",
-        "runs",
-        "cycles a step",
-        "steps",
-        "kcycles",
-        "ms",
-        "ms of its bytes",
-    )
-    print(report.table((*headers, *(f"{u} %" for u in UNITS), "spills", "fills"), kernels))
+    headers = (*what, "kernel", "runs", "cycles a step", "steps", "kcycles", "ms")
+    more = ("ms of its bytes", *(f"{unit} %" for unit in UNITS), "spills", "fills")
+    print(report.table((*headers, *more), kernels))
 
 
 def tune(rows: list[dict], kind: str, facts: dict):

@@ -1,0 +1,243 @@
+"""Cycles from the compiler's dumps: excerpts in their form, and a kernel for an absent chip."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BENCH = pathlib.Path(__file__).parents[3] / "bench"
+sys.path.append(str(BENCH))
+
+import schedule  # noqa: E402
+
+# A pipeline of 4 steps (6 turns), and in each a loop of 5 turns. After a branch, two more bundles.
+NEST = """\
+= control target key start
+LH: loop header
+LB: loop body
+= control target key end
+
+     0   :  { %s9_s0 = smov 0 /* copy for cssa */  ;;  %s4_s1 = smov 2 } /* Start region 1 */
+   0x1 LB: > { %s8_s0 = sphi %s9_s0, %s7_s0 /* stage = 0 */ } /* Start region 2 :: Start region 3 */
+   0x2   : > { %s5_s2 = sadd.s32 4294967295, %s8_s0 /* iteration index, stage = 1 */ }
+   0x3   : > { %p1_p0 = scmp.ge.s32.totalorder %s8_s0, 1  ;;  %p2_p1 = scmp.lt.s32 %s8_s0, 5 }
+   0x4   : > { %p3_p2 = pnand %p1_p0, %p2_p1 }
+   0x5   : > { %12 = sbr.rel (%p3_p2) target = $region9 }
+   0x6   :  {}
+   0x7   :  {} /* End region 5 */
+   0x8 LB: >> { %s11_s4 = sphi %s4_s1, %s10_s4 } /* Start region 6 :: Start region 7 */
+   0x9   : >> { %s10_s4 = sadd.s32 2, %s11_s4  ;;  %v1_v0 = vld [vmem:[%s3_s3] sm:$0xff]
+second_minor_factor: 1 */ }
+   0xa   : >> { %p4_p3 = scmp.ge.s32.totalorder %s10_s4, 12 /* loop exit test */ }
+   0xb   : > { %13 = sbr.rel (!%p4_p3) target = $region6 }
+   0xc   : >> { %14 = vst [vmem:[%s3_s3] sm:$0xff] /*vst_source=*/%v1_v0 } /* End region 6 */
+   0xd   :  {} /* End region 7 */
+   0xe PF: > { %s7_s0 = sadd.s32 1, %s8_s0 /* copy for cssa */ } /* Start/End empty region 9 */
+   0xf   : > { %p5_p4 = scmp.ge.s32.totalorder %s7_s0, 6 /* loop exit test */ }
+  0x10   :  { %15 = sbr.rel (!%p5_p4) target = $region2 }
+  0x11   : > { %16 = vnop } /* End region 2 */
+  0x12   :  {} /* End region 3 */
+  0x13   :  { %17 = vsyncpa [#allocation4], 1 } /* End region 1 */
+"""
+INNER, OUTER, ALL = range(0x8, 0xE), range(0x1, 0x13), range(0x14)
+SPILLED = (
+    NEST.replace("%s7_s0 = sadd.s32 1, %s8_s0", "%s6_s9 = sadd.s32 1, %s8_s0")
+    .replace("%s3_s3] sm:$0xff]\n", "%s3_s3]  ;;  %19 = sst [smem:[#allocation7_spill]] %s6_s9\n")
+    .replace("vnop", "vnop  ;;  %s7_s0 = sld [smem:[#allocation7_spill]]")
+)
+UNITS = "MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU"
+
+
+def utilization(rows):
+    lines = ["== CAPACTIY:", UNITS, "4 3 4 2 1 3 3 1 1 2", "== UTILIZATION:"]
+    return "\n".join([*lines, *(" ".join(map(str, row)) for row in rows)]) + "\n"
+
+
+def slots(bundles=0x14):
+    """An MXU slot in every bundle of the inner loop, a fill in the others of the outer one."""
+    for i in range(bundles):
+        row = [0] * 10
+        row[0] = int(i in INNER)
+        row[6] = int(i in OUTER and i not in INNER)
+        yield row
+
+
+@pytest.mark.parametrize("text", [NEST, SPILLED], ids=["as_it_is", "counter_spilled"])
+def test_bundles_count_as_often_as_their_loops_turn(text):
+    bundles, found = schedule.loops(text)
+    assert bundles == len(ALL)
+    spans = {(loop.first, loop.last, loop.trips) for loop in found}
+    assert spans == {(0x8, 0xD, 5), (0x1, 0x12, 4)}
+    read = schedule.schedule(text, utilization(slots()))
+    body = len(OUTER) + 4 * len(INNER)
+    assert (read.body, read.trips) == (body, 4)
+    assert read.cycles == read.at_least == 4 * body + 2
+    assert read.share["MXU"] == pytest.approx(5 * len(INNER) / (4 * body), abs=1e-4)
+    assert (read.spills, read.fills) == (0, len(OUTER) - len(INNER))
+
+
+def test_what_turns_an_unknown_number_of_times_is_not_guessed():
+    text = NEST.replace("%s10_s4, 12 /*", "%s10_s4, %s2_s7 /*")
+    read = schedule.schedule(text, utilization(slots()))
+    assert (read.cycles, read.body, read.trips) == (None, None, 4)
+    assert read.at_least == 4 * len(OUTER) + 2
+    # A pipeline without a guard that can be read.
+    text = NEST.replace("pnand", "por")
+    assert {loop.trips for loop in schedule.loops(text)[1]} == {5, None}
+
+
+def test_files_of_two_kernels_are_an_error():
+    with pytest.raises(ValueError, match="20 bundles, but slots of 19"):
+        schedule.schedule(NEST, utilization(slots(19)))
+
+
+HLO = """\
+HloModule jit_f, is_scheduled=true
+
+%fused.1 (p.1: f32[8,128]) -> f32[8,128] {
+  %p.1 = f32[8,128]{1,0} parameter(0)
+  ROOT %neg.1 = f32[8,128]{1,0} negate(%p.1)
+}
+
+%fused.2 (p.2: f32[8,128]) -> f32[8,128] {
+  %p.2 = f32[8,128]{1,0} parameter(0)
+  ROOT %neg.2 = f32[8,128]{1,0} negate(%p.2), metadata={op_name="another"}
+}
+
+%body (state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %state = (s32[]{:T(128)}, f32[8,128]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = f32[8,128]{1,0} get-tuple-element(%state), index=1
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  %y.2 = f32[8,128]{1,0} fusion(%x), kind=kLoop, calls=%fused.2, metadata={op_name="b"}
+  ROOT %out = (s32[]{:T(128)}, f32[8,128]{1,0}) tuple(%next, %y.2)
+}
+
+%condition (state.1: (s32[], f32[8,128])) -> pred[] {
+  %state.1 = (s32[]{:T(128)}, f32[8,128]{1,0}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %nine = s32[]{:T(128)} constant(9)
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %nine), direction=LT
+}
+
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %two = s32[]{:T(128)} constant(2)
+  %start = s32[]{:T(128)} copy(%two)
+  %y.1 = f32[8,128]{1,0} fusion(%a), kind=kLoop, calls=%fused.1, metadata={op_name="a"}
+  %k.1 = (bf16[8,128]{1,0}, f32[8,128]{1,0:T(8,128)S(1)}) custom-call(%y.1), target="kernel"
+  %aside = ((), s32[1]{0:S(2)}) call-start(), async_execution_thread="sparsecore"
+  %k.2 = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%k.1), index=1
+  %begin = (s32[]{:T(128)}, f32[8,128]{1,0}) tuple(%start, /*index=1*/%k.2)
+  %loop = (s32[]{:T(128)}, f32[8,128]{1,0}) while(%begin), condition=%condition, body=%body
+  ROOT %end = f32[8,128]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+TOP = """\
+     0   :  { %1 = inlined_call /* <late-initialization> */ }
+   0x1   :  { %2 = inlined_call %s1_s0, %s2_s1 /* %y.1 = fusion(%a) */ }
+   0x2   :  { %3 = inlined_call %s1_s0, %s2_s1 /* %k.1 = custom-call(%y.1) */ }
+   0x3   :  { %4 = inlined_call %s1_s0, %s2_s1 /* %y.2 = fusion(%x) */ }
+"""
+
+
+def dump(folder, parts):
+    for name in (*parts, "TLP", "<late-initialization>"):
+        text = TOP if name == "TLP" else NEST
+        (folder / f"123-{name}-02-final_bundles.txt").write_text(text)
+        (folder / f"123-{name}-01-schedule-analysis_final_bundles.txt").write_text("total")
+        slots_file = folder / f"123-{name}-00-final_hlo-static-per-bundle-utilization.txt"
+        slots_file.write_text(utilization(slots()))
+
+
+def test_a_program_is_the_sum_of_its_parts_and_their_loops(tmp_path):
+    """y.2 is y.1 again, and was not compiled; it is in a loop from 2 to 9."""
+    dump(tmp_path, ["y.1", "k.1"])
+    once = schedule.schedule(NEST, utilization(slots())).cycles
+    found = schedule.program(HLO, tmp_path)
+    runs = {use.instruction.name: (use.runs, use.cycles) for use in found.uses}
+    assert runs == {"y.1": (1, once), "k.1": (1, once), "y.2": (7, 7 * once)}
+    assert (found.cycles, found.at_least, found.unknown) == (9 * once, 9 * once, [])
+    assert found.elsewhere == ("aside",)
+    array = 8 * 128 * 4
+    assert found.hbm_bytes == 2 * array
+    assert found.uses[1].hbm_bytes == array + array // 2  # what is in VMEM is not counted
+
+
+def test_a_program_with_an_unknown_part_has_no_sum(tmp_path):
+    dump(tmp_path, ["y.1"])
+    found = schedule.program(HLO.replace("direction=LT", "direction=NE"), tmp_path)
+    once = schedule.schedule(NEST, utilization(slots())).cycles
+    assert (found.cycles, found.at_least, found.unknown) == (None, 2 * once, ["k.1", "y.2"])
+    with pytest.raises(ValueError, match=r"y\.2 is called and not in the program"):
+        schedule.program(HLO.replace("%y.2", "%z.2"), tmp_path)
+
+
+def test_the_compilers_own_count_of_turns_comes_first():
+    known = 'body=%body, backend_config={"known_trip_count":{"n":"5"},"known_init_step":{}}'
+    computations, entry = schedule.parse(HLO.replace("body=%body", known))
+    loop = computations[entry]["loop"]
+    assert schedule.while_trips(computations, entry, loop) == 5
+    for change in (("add(%i, %one)", "multiply(%i, %one)"), ("constant(9)", "parameter(1)")):
+        computations, entry = schedule.parse(HLO.replace(*change))
+        loop = computations[entry]["loop"]
+        assert schedule.while_trips(computations, entry, loop) is None
+
+
+TOY = """
+import json, os, sys, tempfile
+sys.path.append(sys.argv[1])
+import schedule
+folder = tempfile.mkdtemp(dir=sys.argv[2])
+os.environ["LIBTPU_INIT_ARGS"] = schedule.arguments(folder)
+import jax, jax.numpy as jnp, pathlib, report
+from jax.experimental import pallas as pl
+from jaxalope.sharding import absent_devices
+
+jax.config.update("jax_enable_compilation_cache", False)
+device, out = absent_devices("v5e:2x2")[0], []
+
+def kernel(x, o):
+    o[...] = jax.lax.fori_loop(0, 7, lambda i, c: c @ c + i.astype(c.dtype), x[...])
+
+for rows in (3, 6):
+    block = pl.BlockSpec((1, 1, 128, 128), lambda i, j: (i, j, 0, 0))
+    shape = jax.ShapeDtypeStruct((rows, 5, 128, 128), jnp.float32)
+    squeezed = pl.BlockSpec((None, None, 128, 128), lambda i, j: (i, j, 0, 0))
+    call = pl.pallas_call(kernel, grid=(rows, 5), in_specs=[squeezed], out_specs=squeezed,
+                          out_shape=shape, name="toy")
+    text = report.compile_for(device, lambda x: call(x), shape).as_text()
+    found = schedule.program(text, folder)
+    use, = (u for u in found.uses if u.instruction.opcode == "custom-call")
+    s = use.schedule
+    out.append({"steps": s.trips, "body": s.body, "cycles": s.cycles, "program": found.cycles})
+    for path in pathlib.Path(folder).iterdir():
+        path.unlink()
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.long
+def test_steps_and_cycles_of_a_kernel_for_an_absent_chip(tmp_path):
+    """In a process of its own: libtpu reads where to write when it is loaded."""
+    pytest.importorskip("libtpu")
+    done = subprocess.run(
+        [sys.executable, "-c", TOY, str(BENCH), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    small, large = json.loads(done.stdout.splitlines()[-1])
+    assert (small["steps"], large["steps"]) == (15, 30)
+    # The inner loop's 7 turns, of three bfloat16 products or six, each 128 rows of 8 a bundle.
+    assert small["body"] > 7 * 128 * 3 / 8
+    assert large["body"] == pytest.approx(small["body"], rel=0.02)
+    assert large["cycles"] == pytest.approx(2 * small["cycles"], rel=0.02)
+    assert large["program"] >= large["cycles"]
