@@ -12,10 +12,11 @@ What such a figure is: the compiler's plan. It shows which kernel has more to do
 what a change of code or of block sizes changes. What it is not: a time. Nothing was run. Waiting
 for HBM is not in it, nor is any other stall: the MXU takes no more than its peak, and the plan of
 a large matrix product asks more of it (8192 x 8192 x 8192 in bfloat16, libtpu 0.0.42: for v5e 0.83
-of the cycles that the peak FLOP/s of the data sheet need, v5p 0.96, TPU7x 0.97). So a kernel that
-fills the MXU, or one whose bytes take longer than its cycles, is slower than it looks. What a
-SparseCore does meanwhile (on TPU7x, some changes of layout) is named and not counted. Code under a
-condition counts as always run. Compare two kernels under one compiler and for one chip only.
+of the cycles that the data sheet's FLOP/s need at the clock assumed below, v5p 0.96, TPU7x 0.97,
+and 1.26 for v6e). So a kernel that fills the MXU, or one whose bytes take longer than its cycles,
+is slower than it looks. What a SparseCore does meanwhile (on TPU7x, some changes of layout) is
+named and not counted. Code under a condition counts as always run. Compare two kernels under one
+compiler and for one chip only.
 
 The time that the bytes take is that of a program's inputs and outputs, once, at the data sheet's
 bandwidth; of a kernel or fusion, its operands and results in HBM, once, and the sum of these is the
