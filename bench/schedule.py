@@ -431,34 +431,38 @@ def while_trips(computations: Mapping, computation: str, loop: Instruction) -> i
     root = next((i for i in condition.values() if i.root), None)
     if root is None or root.opcode != "compare" or "direction=LT" not in root.rest:
         return None
-    counter, limit = condition.get(root.operands[0]), _constant(condition, root.operands[1])
-    index = _element(counter)
+    index, limit = _element(condition, root.operands[0]), _constant(condition, root.operands[1])
     start = own.get(loop.operands[0])
     end = next((i for i in body.values() if i.root), None)
     if index is None or limit is None or start is None or end is None:
         return None
     if start.opcode != "tuple" or end.opcode != "tuple":
         return None
-    first, last = _constant(own, start.operands[index]), body.get(end.operands[index])
+    first, last = _constant(own, start.operands[index]), _origin(body, end.operands[index])
     if first is None or last is None or last.opcode != "add":
         return None
-    old, step = body.get(last.operands[0]), _constant(body, last.operands[1])
-    if _element(old) != index or not step:
+    step = _constant(body, last.operands[1])
+    if _element(body, last.operands[0]) != index or not step:
         return None
     return max(0, math.ceil((limit - first) / step))
 
 
-def _constant(own: Mapping[str, Instruction], name: str) -> int | None:
+def _origin(own: Mapping[str, Instruction], name: str) -> Instruction | None:
+    """What is copied, of a copy."""
     found = own.get(name)
-    while found is not None and found.opcode in ("copy", "bitcast"):
+    while found is not None and found.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
         found = own.get(found.operands[0])
-    if found is None or found.opcode != "constant":
-        return None
-    value = re.match(r"=(-?\d+)", found.rest)
-    return value and int(value[1])
+    return found
 
 
-def _element(instruction: Instruction | None) -> int | None:
-    if instruction is None or instruction.opcode != "get-tuple-element":
+def _constant(own: Mapping[str, Instruction], name: str) -> int | None:
+    found = _origin(own, name)
+    value = found and found.opcode == "constant" and re.match(r"=(-?\d+)", found.rest)
+    return int(value[1]) if value else None
+
+
+def _element(own: Mapping[str, Instruction], name: str) -> int | None:
+    found = _origin(own, name)
+    if found is None or found.opcode != "get-tuple-element":
         return None
-    return int(re.search(r"index=(\d+)", instruction.rest)[1])
+    return int(re.search(r"index=(\d+)", found.rest)[1])

@@ -18,9 +18,13 @@ is slower than it looks. What a SparseCore does meanwhile (on TPU7x, some change
 named and not counted. Code under a condition counts as always run. Compare two kernels under one
 compiler and for one chip only.
 
+Where a loop turns as often as values say, cycles are null and `at_least_cycles` counts it once; in
+XLA's form, copies of windows that do not divide their array have such loops.
+
 The time that the bytes take is that of a program's inputs and outputs, once, at the data sheet's
 bandwidth; of a kernel or fusion, its operands and results in HBM, once, and the sum of these is the
-time of the parts' bytes. On v5p the two cores of a chip share a kernel's grid; cycles are of one.
+time of the parts' bytes (null where parts are in a loop: they may read slices). On v5p the two
+cores of a chip share a kernel's grid; cycles are of one.
 
     python bench/tpu_schedule.py --topology=v5e:2x2 --shape=kimi_48b --dtype=bfloat16 \
         --implementations=pallas_tpu --chunk_sizes=32,64,128 --heads=1,2,4,8 --tune
@@ -142,7 +146,10 @@ def measure(facts: dict, device, folder: pathlib.Path) -> list[dict]:
                 "cycles_per_64_tokens": cycles and cycles / chunks_of_64,
                 "seconds": cycles and cycles / clock,
                 "hbm_s": found.hbm_bytes / bandwidth,
-                "parts_hbm_s": sum((u.runs or 1) * u.hbm_bytes for u in found.uses) / bandwidth,
+                # In a loop, a fusion may read a slice of its operand only.
+                "parts_hbm_s": sum(u.hbm_bytes for u in found.uses) / bandwidth
+                if all(u.runs == 1 for u in found.uses)
+                else None,
                 "published_s": PUBLISHED.get((*where, _DTYPE.value, name)),
                 "assumed_clock_hz": clock,
                 "bandwidth": bandwidth,
