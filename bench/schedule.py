@@ -5,10 +5,16 @@ and the text of the optimised program to :func:`program`. Of every kernel and fu
 the bundles of its VLIW code, one a cycle of the in-order core, and the slots that each bundle
 takes. Here the bundles are counted, each as often as the loops around it turn.
 
-What that is not: nothing was run. DMAs, semaphores and whatever else a bundle may wait for take no
-time. Code under a condition counts as if it always ran: a first step's initialisation counts in
-every step. The turns in which a pipeline only fills or drains do not count, nor do the few bundles
-of the top level between kernels.
+What is read is the code as it was scheduled, after registers were allocated. In it, a bundle with
+nothing to do is an empty one: the waits that the scheduler plans, for a product to leave the MXU
+(some 130 cycles on v5e, 210 on TPU7x), for the XLU, for a load, are counted. In the final bundles
+of the same dump they are not: a later pass, the "delay converter", makes delays of them.
+
+What that is not: nothing was run. What the scheduler cannot plan takes no time: DMAs and the
+semaphores that wait for them, conflicts of VMEM's banks, instructions to be fetched. Code under a
+condition counts as if it always ran: a first step's initialisation counts in every step. The turns
+in which a pipeline only fills or drains do not count, nor does what the top level does between
+kernels.
 """
 
 from __future__ import annotations
@@ -21,11 +27,12 @@ from collections.abc import Mapping
 
 # An instruction that a SparseCore carries out, while the TensorCore goes on.
 _SPARSE = 'async_execution_thread="sparsecore"'
-_FILE = re.compile(r"\d+-(.+)-\d+-(final_bundles|final_hlo-static-per-bundle-utilization)\.txt")
+_BUNDLES, _SLOTS = "packed-bundles-post-ra", "pre-delay_hlo-static-per-bundle-utilization"
+_FILE = re.compile(rf"\d+-(.+)-\d+-({_BUNDLES}|{_SLOTS})\.txt")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
 _START = re.compile(r"Start(?:/End empty)? region (\d+)")
 _END = re.compile(r"End region (\d+)")
-_BRANCH = re.compile(r"sbr\.rel[^;}]*target = \$region(\d+)")
+_BRANCH = re.compile(r"sbr\.rel[^;}]*target bundleno = (\d+)")
 _EXIT = re.compile(r"= scmp\.ge\S* %(\w+), (\d+) /\* loop exit test")
 _COMPARE = re.compile(r"%(\w+) = scmp\.(ge|lt)\.s32\S* %(\w+), (\d+)")
 _STAGE = re.compile(r"iteration index, stage = (\d+)")
@@ -37,7 +44,7 @@ def arguments(folder: str | pathlib.Path) -> str:
     """Options for ``LIBTPU_INIT_ARGS`` to write the schedules into a folder, and no other dumps."""
     return (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-        "--xla_jf_dump_llo_pass_label_regex=^final_"
+        f"--xla_jf_dump_llo_pass_label_regex=^({_BUNDLES}|{_SLOTS})"
     )
 
 
@@ -75,7 +82,7 @@ class Schedule:
 
 
 def loops(bundles: str) -> tuple[int, list[Loop]]:
-    """Number of bundles, and the loops, of a ``final_bundles.txt``."""
+    """Number of bundles, empty ones too, and the loops, of a ``packed-bundles-post-ra.txt``."""
     address, lines = -1, []
     starts: dict[str, int] = {}
     ends: dict[str, int] = {}
@@ -90,10 +97,9 @@ def loops(bundles: str) -> tuple[int, list[Loop]]:
         for region in _START.findall(line):
             starts.setdefault(region, address)
         ends |= dict.fromkeys(_END.findall(line), address)
-        branches += [(address, region) for region in _BRANCH.findall(line)]
+        branches += [(address, int(target)) for target in _BRANCH.findall(line)]
     spans = []
-    for branch, region in branches:
-        first = starts.get(region, branch + 1)
+    for branch, first in branches:
         if first <= branch:
             delayed = (end for name, end in ends.items() if starts.get(name) == first)
             last = max((x for x in delayed if branch <= x <= branch + _MOST_DELAY), default=branch)
@@ -214,10 +220,10 @@ def read(folder: str | pathlib.Path) -> tuple[dict[str, Schedule], list[str]]:
         found = _FILE.fullmatch(path.name)
         if found:
             files.setdefault(found[1], {})[found[2]] = path
-    top = files.pop("TLP", {}).get("final_bundles")
+    top = files.pop("TLP", {}).get(_BUNDLES)
     calls = [] if top is None else re.findall(r"inlined_call [^;}]*/\* %(\S+) = ", top.read_text())
     schedules = {
-        name: schedule(*(pair[key].read_text() for key in sorted(pair)))
+        name: schedule(pair[_BUNDLES].read_text(), pair[_SLOTS].read_text())
         for name, pair in files.items()
         if len(pair) == 2 and not name.startswith("<")
     }

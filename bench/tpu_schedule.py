@@ -2,21 +2,25 @@
 
     python bench/tpu_schedule.py --topology=tpu7x:2x2x1 --shape=kimi_48b --length=8192 \
         --dtype=bfloat16 --implementations=pallas_tpu,xla,tokamax --chunk_sizes=32,64,128 \
-        --heads=2,4,8 --output=bench/results/kda_tpu_schedule.jsonl
+        --heads=4,8,16 --tasks=4,8 --output=bench/results/kda_tpu_schedule.jsonl
 
 compiles the two passes for a chip of that kind (libtpu is needed, a TPU is not), and counts the
 bundles of VLIW code of every kernel and of every copy and fusion around them, each as often as
 the loops around it turn: a TensorCore runs its bundles in order, one a cycle. See `schedule.py`.
 
 What such a figure is: the compiler's plan. It shows which kernel has more to do, on which unit, and
-what a change of code or of block sizes changes. What it is not: a time. Nothing was run. Waiting
-for HBM is not in it, nor is any other stall: the MXU takes no more than its peak, and the plan of
-a large matrix product asks more of it (8192 x 8192 x 8192 in bfloat16, libtpu 0.0.42: for v5e 0.83
-of the cycles that the data sheet's FLOP/s need at the clock assumed below, v5p 0.96, TPU7x 0.97,
-and 1.26 for v6e). So a kernel that fills the MXU, or one whose bytes take longer than its cycles,
-is slower than it looks. What a SparseCore does meanwhile (on TPU7x, some changes of layout) is
-named and not counted. Code under a condition counts as always run. Compare two kernels under one
-compiler and for one chip only.
+what a change of code or of block sizes changes. Waits that the scheduler plans are in it, so a
+chain of dependent products costs what it takes them to leave the MXU. A large product does not beat
+the MXU's peak: by its plan, 8192 x 8192 x 8192 in bfloat16 takes, of the cycles that the data
+sheet's FLOP/s need at the clock assumed below, 1.10 on v5e, 1.08 on v5p, 1.27 on v6e and 1.17 on
+TPU7x (libtpu 0.0.42 and 0.0.50).
+
+What it is not: a time. Nothing was run. Waiting for HBM is not in it, nor are conflicts of VMEM's
+banks or whatever else the scheduler cannot know. So a kernel whose bytes take longer than its
+cycles is slower than it looks. tokamax's times for a TPU7x, as published, are 1.6 (forward) and 1.7
+(both passes) times the plan of its kernels. What a SparseCore does meanwhile (on TPU7x, some
+changes of layout) is named and not counted. Code under a condition counts as always run. Compare
+two kernels under one compiler and for one chip only.
 
 Where a loop turns as often as values say, cycles are null and `at_least_cycles` counts it once; in
 XLA's form, copies of windows that do not divide their array have such loops.
@@ -27,7 +31,7 @@ time of the parts' bytes (null where parts are in a loop: they may read slices).
 cores of a chip share a kernel's grid; cycles are of one.
 
     python bench/tpu_schedule.py --topology=v5e:2x2 --shape=kimi_48b --dtype=bfloat16 \
-        --implementations=pallas_tpu --chunk_sizes=32,64,128 --heads=1,2,4,8 --tune
+        --implementations=pallas_tpu --chunk_sizes=32,64,128 --heads=4,8,16 --tasks=4,8 --tune
 
 keeps the sizes of least cycles, forward and backward, for `implementation="pallas_tpu"` on chips of
 that kind in `layers/ops/tuning.json`, unless sizes are there that were timed; `--dry_run` prints
@@ -60,7 +64,8 @@ _LENGTH = flags.DEFINE_integer("length", 8192, "T.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of q, k and v.")
 _FORMS = flags.DEFINE_list("implementations", ["pallas_tpu"], "To compile.")
 _CHUNKS = flags.DEFINE_list("chunk_sizes", ["64"], "Tokens a chunk; tokamax has its own.")
-_HEADS = flags.DEFINE_list("heads", ["2"], "Heads a grid step, of pallas_tpu.")
+_HEADS = flags.DEFINE_list("heads", [], "Heads a grid step, of pallas_tpu; none: its default.")
+_TASKS = flags.DEFINE_list("tasks", [], "Tasks a grid step, of pallas_tpu; none: its default.")
 _CLOCK = flags.DEFINE_float("clock_ghz", None, "Of the TensorCore; None is what is assumed here.")
 _TUNE = flags.DEFINE_bool("tune", False, "Keep the sizes of least cycles in the table.")
 _DRY = flags.DEFINE_bool("dry_run", False, "With --tune: print only.")
@@ -78,22 +83,26 @@ PUBLISHED = {
     ("TPU7x", "tokamax", "kimi_48b", 1, 8192, "bfloat16", "forward"): 1.78e-3,
     ("TPU7x", "tokamax", "kimi_48b", 1, 8192, "bfloat16", "forward+backward"): 4.59e-3,
 }
+SIZES = ("chunk_size", "heads", "tasks")
 UNITS = ("MXU", "VALU", "XLU", "EUP", "VLOAD", "VSTORE")
 _BYTES = ("hbm_s", "parts_hbm_s")
 _BOTH = "forward+backward"
+_NAME = 24  # characters of a kernel's name, in the table
 
 
 def candidates():
-    """Implementation, chunk size and heads a grid step (None where it has no such choice)."""
+    """Implementation and sizes: chunk, heads and tasks a grid step (None where it chooses)."""
     for form in _FORMS.value:
         chunks = [64] if form == "tokamax" else [int(c) for c in _CHUNKS.value]
-        heads = [int(h) for h in _HEADS.value] if form == "pallas_tpu" else [None]
-        yield from itertools.product([form], chunks, heads)
+        own = form == "pallas_tpu"
+        more = ([int(x) for x in flag.value if own] or [None] for flag in (_HEADS, _TASKS))
+        for sizes in itertools.product(chunks, *more):
+            yield form, dict(zip(SIZES, sizes, strict=True))
 
 
-def compiled(device, program, arrays, heads, folder) -> schedule.Program:
+def compiled(device, program, arrays, sizes, folder) -> schedule.Program:
     """The schedule of a program for that device. Leaves the folder empty."""
-    chosen = {} if heads is None else {"heads": heads}
+    chosen = {name: sizes[name] for name in SIZES[1:] if sizes[name] is not None}
     try:
         with tuning.trying("kda", **chosen):
             text = report.compile_for(device, program, *arrays).as_text()
@@ -127,13 +136,14 @@ def measure(facts: dict, device, folder: pathlib.Path) -> list[dict]:
         functools.partial(kda_problem.inputs, s, _BATCH.value, _LENGTH.value, _DTYPE.value)
     )
     chunks_of_64 = _BATCH.value * _LENGTH.value / 64 * s.num_value_heads
-    for form, chunk, heads in candidates():
-        for name, run in kda_problem.programs(form, chunk).items():
-            what = {"pass": name, "form": form, "chunk_size": chunk, "heads": heads}
+    for form, sizes in candidates():
+        for name, run in kda_problem.programs(form, sizes["chunk_size"]).items():
+            what = {"pass": name, "form": form, **sizes}
             try:
-                found = compiled(device, run, arrays, heads, folder)
+                found = compiled(device, run, arrays, sizes, folder)
             except Exception as error:  # A compiler's refusal has many classes: it is a result.
-                print(what, error, flush=True)
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                print(f"left out: {what} ({why})", flush=True)
                 rows.append(facts | what | {"error": str(error)[:500]})
                 continue
             cycles = found.cycles
@@ -157,7 +167,7 @@ def measure(facts: dict, device, folder: pathlib.Path) -> list[dict]:
                 "parts": [part(use, clock, bandwidth) for use in found.uses],
             }
             rows.append(facts | row)
-            print(f"compiled {form} {name} chunk_size={chunk} heads={heads}", flush=True)
+            print(f"compiled {what}", flush=True)
     return rows
 
 
@@ -178,7 +188,8 @@ def show(rows: list[dict]):
     for row in rows:
         if "error" in row:
             continue
-        what = tuple(row[key] or "-" for key in ("form", "pass", "chunk_size", "heads"))
+        sizes = "/".join(str(row[name] or "-") for name in SIZES)
+        what = row["form"], row["pass"].replace(_BOTH, "both"), sizes
         per = row["cycles_per_64_tokens"]
         programs.append(
             (
@@ -194,17 +205,22 @@ def show(rows: list[dict]):
         for x in row["parts"]:
             if "share" not in x or not (x["pallas"] or x is largest):
                 continue
-            shares = (f"{100 * x['share'].get(unit, 0):.0f}" for unit in UNITS)
-            cells = x["name"], x["runs"], x["body_cycles"], x["grid_steps"]
+            shares = " ".join(f"{100 * x['share'].get(unit, 0):.0f}" for unit in UNITS)
+            cells = x["name"][:_NAME], x["runs"], x["body_cycles"], x["grid_steps"], thousands(x)
             times = milliseconds(x["seconds"]), milliseconds(x["hbm_s"])
-            kernels.append((*what, *cells, thousands(x), *times, *shares, x["spills"], x["fills"]))
-    what = ("form", "pass", "chunk", "heads")
-    headers = (*what, "kcycles", "in kernels", "cycles / 64 tokens of a head", "ms")
-    more = ("ms of its bytes", "ms of its parts' bytes", "ms published", "on SparseCore")
-    print(report.table((*headers, *more), programs))
-    headers = (*what, "kernel", "runs", "cycles a step", "steps", "kcycles", "ms")
-    more = ("ms of its bytes", *(f"{unit} %" for unit in UNITS), "spills", "fills")
-    print(report.table((*headers, *more), kernels))
+            kernels.append((*what, *cells, *times, shares, f"{x['spills']} {x['fills']}"))
+    print(
+        "Sizes: chunk/heads/tasks. kc: thousands of cycles, then those in kernels; per 64: cycles\n"
+        "for 64 tokens of a head; ms: of all cycles, of the program's bytes, of its parts' bytes,\n"
+        "as published; SC: parts on a SparseCore. Of the kernels: cycles of a grid step, and % of\n"
+        f"the slots of {' '.join(UNITS)}; registers spilled and filled a step.\n"
+    )
+    what = ("form", "pass", "sizes")
+    times = ("ms", "bytes", "parts", "published")
+    print(report.table((*what, "kc", "kernels", "per 64", *times, "SC"), programs))
+    print()
+    headers = (*what, "kernel", "runs", "a step", "steps", "kc", "ms", "bytes")
+    print(report.table((*headers, "% of units", "spills fills"), kernels))
 
 
 def tune(rows: list[dict], kind: str, facts: dict):
@@ -215,7 +231,8 @@ def tune(rows: list[dict], kind: str, facts: dict):
         raise app.UsageError("--tune: no candidate of pallas_tpu was compiled")
     best = min(tried, key=lambda r: r["cycles"])
     s, path = SHAPES[_SHAPE.value], pathlib.Path(_TABLE.value)
-    entry = {"pallas_chunk_size": best["chunk_size"], "heads": best["heads"], "by": "schedule"}
+    entry = {"pallas_chunk_size": best["chunk_size"], "by": "schedule"}
+    entry |= {name: best[name] for name in SIZES[1:] if best[name] is not None}
     entry |= {key: facts[key] for key in ("jax", "date")}
     shapes = shape_class(s.key_dim, s.value_dim)
     there = tuning.read(path).get("kda", {}).get(kind, {}).get(shapes, {})

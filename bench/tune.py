@@ -87,7 +87,7 @@ def of_kda() -> Problem:
     sizes = [{"chunk_size": c} for c in (16, 32, 64, 128)]
     tried = [*sizes]
     for name in kernels(kda._IMPLEMENTATIONS):
-        more = [{"heads": h} for h in (1, 2, 4)]
+        more = [{"heads": h, "tasks": t} for h, t in itertools.product((4, 8, 16), (4, 8))]
         if name == "pallas_gpu":
             blocks = ((64, 64), (32, 64), (16, 64), (32, 32), (32, 128))
             more = [{"value_block": v, "key_block": k} for v, k in blocks]

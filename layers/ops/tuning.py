@@ -33,7 +33,8 @@ CHOICES: dict[str, dict[str, type]] = {
         # Of the device's kernel, where it is asked for by name.
         "pallas_chunk_size": int,
         "heads": int,  # a grid step, on TPU
-        "tasks": int,  # of the TPU kernels: chains that fill each other's gaps, a grid step
+        # Of the TPU kernels: chains that fill each other's gaps, a grid step.
+        "tasks": int,
         # On GPU: columns of the state and key channels a program, warps where each is cut up.
         "value_block": int,
         "key_block": int,

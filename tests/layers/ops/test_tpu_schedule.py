@@ -13,7 +13,8 @@ sys.path.append(str(BENCH))
 
 import schedule  # noqa: E402
 
-# A pipeline of 4 steps (6 turns), and in each a loop of 5 turns. After a branch, two more bundles.
+# A pipeline of 4 steps (6 turns), and in each a loop of 5 turns, which waits two cycles for a load.
+# After a branch, two more bundles.
 NEST = """\
 = control target key start
 LH: loop header
@@ -25,24 +26,26 @@ LB: loop body
    0x2   : > { %s5_s2 = sadd.s32 4294967295, %s8_s0 /* iteration index, stage = 1 */ }
    0x3   : > { %p1_p0 = scmp.ge.s32.totalorder %s8_s0, 1  ;;  %p2_p1 = scmp.lt.s32 %s8_s0, 5 }
    0x4   : > { %p3_p2 = pnand %p1_p0, %p2_p1 }
-   0x5   : > { %12 = sbr.rel (%p3_p2) target = $region9 }
+   0x5   : > { %12 = sbr.rel (%p3_p2) target bundleno = 16 (0x10), region = 9 }
    0x6   :  {}
    0x7   :  {} /* End region 5 */
    0x8 LB: >> { %s11_s4 = sphi %s4_s1, %s10_s4 } /* Start region 6 :: Start region 7 */
    0x9   : >> { %s10_s4 = sadd.s32 2, %s11_s4  ;;  %v1_v0 = vld [vmem:[%s3_s3] sm:$0xff]
 second_minor_factor: 1 */ }
-   0xa   : >> { %p4_p3 = scmp.ge.s32.totalorder %s10_s4, 12 /* loop exit test */ }
-   0xb   : > { %13 = sbr.rel (!%p4_p3) target = $region6 }
-   0xc   : >> { %14 = vst [vmem:[%s3_s3] sm:$0xff] /*vst_source=*/%v1_v0 } /* End region 6 */
-   0xd   :  {} /* End region 7 */
-   0xe PF: > { %s7_s0 = sadd.s32 1, %s8_s0 /* copy for cssa */ } /* Start/End empty region 9 */
-   0xf   : > { %p5_p4 = scmp.ge.s32.totalorder %s7_s0, 6 /* loop exit test */ }
-  0x10   :  { %15 = sbr.rel (!%p5_p4) target = $region2 }
-  0x11   : > { %16 = vnop } /* End region 2 */
-  0x12   :  {} /* End region 3 */
-  0x13   :  { %17 = vsyncpa [#allocation4], 1 } /* End region 1 */
+   0xa   :  {}
+   0xb   :  {}
+   0xc   : >> { %p4_p3 = scmp.ge.s32.totalorder %s10_s4, 12 /* loop exit test */ }
+   0xd   : > { %13 = sbr.rel (!%p4_p3) target bundleno = 8 (0x8), region = 6 }
+   0xe   : >> { %14 = vst [vmem:[%s3_s3] sm:$0xff] /*vst_source=*/%v1_v0 } /* End region 6 */
+   0xf   :  {} /* End region 7 */
+  0x10 PF: > { %s7_s0 = sadd.s32 1, %s8_s0 /* copy for cssa */ } /* Start/End empty region 9 */
+  0x11   : > { %p5_p4 = scmp.ge.s32.totalorder %s7_s0, 6 /* loop exit test */ }
+  0x12   :  { %15 = sbr.rel (!%p5_p4) target bundleno = 1 (0x1), region = 2 }
+  0x13   : > { %16 = vnop } /* End region 2 */
+  0x14   :  {} /* End region 3 */
+  0x15   :  { %17 = vsyncpa [#allocation4], 1 } /* End region 1 */
 """
-INNER, OUTER, ALL = range(0x8, 0xE), range(0x1, 0x13), range(0x14)
+INNER, OUTER, ALL = range(0x8, 0x10), range(0x1, 0x15), range(0x16)
 SPILLED = (
     NEST.replace("%s7_s0 = sadd.s32 1, %s8_s0", "%s6_s9 = sadd.s32 1, %s8_s0")
     .replace("%s3_s3] sm:$0xff]\n", "%s3_s3]  ;;  %19 = sst [smem:[#allocation7_spill]] %s6_s9\n")
@@ -56,7 +59,7 @@ def utilization(rows):
     return "\n".join([*lines, *(" ".join(map(str, row)) for row in rows)]) + "\n"
 
 
-def slots(bundles=0x14):
+def slots(bundles=0x16):
     """An MXU slot in every bundle of the inner loop, a fill in the others of the outer one."""
     for i in range(bundles):
         row = [0] * 10
@@ -70,7 +73,7 @@ def test_bundles_count_as_often_as_their_loops_turn(text):
     bundles, found = schedule.loops(text)
     assert bundles == len(ALL)
     spans = {(loop.first, loop.last, loop.trips) for loop in found}
-    assert spans == {(0x8, 0xD, 5), (0x1, 0x12, 4)}
+    assert spans == {(0x8, 0xF, 5), (0x1, 0x14, 4)}
     read = schedule.schedule(text, utilization(slots()))
     body = len(OUTER) + 4 * len(INNER)
     assert (read.body, read.trips) == (body, 4)
@@ -90,8 +93,8 @@ def test_what_turns_an_unknown_number_of_times_is_not_guessed():
 
 
 def test_files_of_two_kernels_are_an_error():
-    with pytest.raises(ValueError, match="20 bundles, but slots of 19"):
-        schedule.schedule(NEST, utilization(slots(19)))
+    with pytest.raises(ValueError, match="22 bundles, but slots of 21"):
+        schedule.schedule(NEST, utilization(slots(21)))
 
 
 HLO = """\
@@ -149,10 +152,14 @@ TOP = """\
 def dump(folder, parts):
     for name in (*parts, "TLP", "<late-initialization>"):
         text = TOP if name == "TLP" else NEST
-        (folder / f"123-{name}-02-final_bundles.txt").write_text(text)
-        (folder / f"123-{name}-01-schedule-analysis_final_bundles.txt").write_text("total")
-        slots_file = folder / f"123-{name}-00-final_hlo-static-per-bundle-utilization.txt"
-        slots_file.write_text(utilization(slots()))
+        files = {
+            "00-schedule-analysis_packed-bundles-post-ra": "total",
+            "01-packed-bundles-post-ra": text,
+            "02-pre-delay_hlo-static-per-bundle-utilization": utilization(slots()),
+            "03-final_bundles": "as the delays have replaced what is empty",
+        }
+        for label, content in files.items():
+            (folder / f"123-{name}-{label}.txt").write_text(content)
 
 
 def test_a_program_is_the_sum_of_its_parts_and_their_loops(tmp_path):
@@ -200,30 +207,42 @@ from jax.experimental import pallas as pl
 from jaxalope.sharding import absent_devices
 
 jax.config.update("jax_enable_compilation_cache", False)
-device, out = absent_devices("v5e:2x2")[0], []
 
-def kernel(x, o):
-    o[...] = jax.lax.fori_loop(0, 7, lambda i, c: c @ c + i.astype(c.dtype), x[...])
-
-for rows in (3, 6):
-    block = pl.BlockSpec((1, 1, 128, 128), lambda i, j: (i, j, 0, 0))
-    shape = jax.ShapeDtypeStruct((rows, 5, 128, 128), jnp.float32)
-    squeezed = pl.BlockSpec((None, None, 128, 128), lambda i, j: (i, j, 0, 0))
-    call = pl.pallas_call(kernel, grid=(rows, 5), in_specs=[squeezed], out_specs=squeezed,
+def measure(topology, kernel, inputs, rows, dtype):
+    device = absent_devices(topology)[0]
+    shape = jax.ShapeDtypeStruct((rows, 5, 128, 128), dtype)
+    block = pl.BlockSpec((None, None, 128, 128), lambda i, j: (i, j, 0, 0))
+    call = pl.pallas_call(kernel, grid=(rows, 5), in_specs=[block] * inputs, out_specs=block,
                           out_shape=shape, name="toy")
-    text = report.compile_for(device, lambda x: call(x), shape).as_text()
+    text = report.compile_for(device, lambda *x: call(*x), *[shape] * inputs).as_text()
     found = schedule.program(text, folder)
     use, = (u for u in found.uses if u.instruction.opcode == "custom-call")
     s = use.schedule
-    out.append({"steps": s.trips, "body": s.body, "cycles": s.cycles, "program": found.cycles})
     for path in pathlib.Path(folder).iterdir():
         path.unlink()
+    return {"steps": s.trips, "body": s.body, "cycles": s.cycles, "program": found.cycles}
+
+def loop(x, o):
+    o[...] = jax.lax.fori_loop(0, 7, lambda i, c: c @ c + i.astype(c.dtype), x[...])
+
+def product(a, b):
+    return jnp.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+def chain(a, b, c, o):
+    o[...] = product(product(a[...], b[...]), c[...])
+
+def apart(a, b, c, o):
+    o[...] = product(a[...], b[...]) + product(a[...], c[...])
+
+out = [measure("v5e:2x2", loop, 1, rows, jnp.float32) for rows in (3, 6)]
+out += [measure(chip, kernel, 3, 3, jnp.bfloat16) for chip in ("v5e:2x2", "tpu7x:2x2x1")
+        for kernel in (chain, apart)]
 print(json.dumps(out))
 """
 
 
 @pytest.mark.long
-def test_steps_and_cycles_of_a_kernel_for_an_absent_chip(tmp_path):
+def test_steps_and_cycles_of_kernels_for_absent_chips(tmp_path):
     """In a process of its own: libtpu reads where to write when it is loaded."""
     pytest.importorskip("libtpu")
     done = subprocess.run(
@@ -235,10 +254,14 @@ def test_steps_and_cycles_of_a_kernel_for_an_absent_chip(tmp_path):
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
-    small, large = json.loads(done.stdout.splitlines()[-1])
+    small, large, *pairs = json.loads(done.stdout.splitlines()[-1])
     assert (small["steps"], large["steps"]) == (15, 30)
     # The inner loop's 7 turns, of three bfloat16 products or six, each 128 rows of 8 a bundle.
     assert small["body"] > 7 * 128 * 3 / 8
     assert large["body"] == pytest.approx(small["body"], rel=0.02)
     assert large["cycles"] == pytest.approx(2 * small["cycles"], rel=0.02)
     assert large["program"] >= large["cycles"]
+    # What depends on a product waits until it has left the MXU: about 130 cycles, 210 on TPU7x.
+    for chain, apart, wait in zip(pairs[::2], pairs[1::2], (100, 170), strict=True):
+        assert chain["steps"] == apart["steps"] == 15
+        assert chain["body"] > apart["body"] + wait
