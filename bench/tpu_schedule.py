@@ -226,10 +226,12 @@ def show(rows: list[dict]):
 def tune(rows: list[dict], kind: str, facts: dict):
     """Keeps the sizes of least cycles in the table, if there are none that were timed."""
     tried = [r for r in rows if r["pass"] == _BOTH and r["form"] == "pallas_tpu"]
-    tried = [r for r in tried if r.get("cycles") is not None]
+    tried = [r for r in tried if "error" not in r]
+    # Of what is around the kernels, sizes change nothing.
+    tried = [r for r in tried if None not in [x["cycles"] for x in r["parts"] if x["pallas"]]]
     if not tried:
         raise app.UsageError("--tune: no candidate of pallas_tpu was compiled")
-    best = min(tried, key=lambda r: r["cycles"])
+    best = min(tried, key=lambda r: r["kernel_cycles"])
     s, path = SHAPES[_SHAPE.value], pathlib.Path(_TABLE.value)
     entry = {"pallas_chunk_size": best["chunk_size"], "by": "schedule"}
     entry |= {name: best[name] for name in SIZES[1:] if best[name] is not None}

@@ -36,6 +36,9 @@ _HEADS_A_STEP = 8
 _TASKS = 8
 # More than the 16 MiB that a kernel is given unasked; the smallest VMEM, TPU7x's, has 64.
 _VMEM_BYTES = 48 * 2**20
+# What a task takes of that for each number of its keys and values, by the bytes of an input's
+# number: found by compiling the backward pass, with some to spare.
+_TASK_BYTES = {2: 88, 4: 220}
 _on_tpu = only_on("tpu", "pallas_tpu")
 
 
@@ -368,6 +371,35 @@ def _kda_backward(plan: _Plan, residuals, cotangents):
 _kda.defvjp(_kda_forward, _kda_backward)
 
 
+def _plan(q, v, scale: float, chunk: int, interpret: bool) -> _Plan:
+    """Sizes of a call: those of the table or the defaults, as far as they divide what there is."""
+    key, value = (width + -width % _LANES for width in (q.shape[-1], v.shape[-1]))
+    tuned = tuning.chosen("kda", shape_class(q.shape[-1], v.shape[-1]))
+    most = _VMEM_BYTES // (_TASK_BYTES[q.dtype.itemsize] * max(chunk, _LANES) * (key + value))
+    tasks = max(1, min(tuned.get("tasks", _TASKS), most))
+    value_heads, group = v.shape[2], v.shape[2] // q.shape[2]
+    heads = min(tuned.get("heads", _HEADS_A_STEP), tasks * max(1, _LANES // chunk))
+    while value_heads % heads or (heads % group and group % heads):
+        heads -= 1
+    pack = chunks.pack_of(chunk, heads)
+    count = v.shape[1] // chunk
+    steps = max(1, tasks * pack // heads)
+    while count % steps:
+        steps -= 1
+    return _Plan(
+        scale=scale,
+        chunk=chunk,
+        heads=heads,
+        shared=max(1, heads // group),
+        group=group,
+        pack=pack,
+        chunks=steps,
+        key=key,
+        value=value,
+        interpret=interpret,
+    )
+
+
 def kda_pallas_tpu(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -395,19 +427,6 @@ def kda_pallas_tpu(
       InputError: another dtype, or heads wider than 256; when lowered, another platform than TPU.
     """
     check("pallas_tpu", q, k, v, g)
-    key, value = (width + -width % _LANES for width in (q.shape[-1], v.shape[-1]))
-    value_heads = v.shape[2]
-    group = value_heads // q.shape[2]
-    tuned = tuning.chosen("kda", shape_class(q.shape[-1], v.shape[-1]))
-    heads = tuned.get("heads", _HEADS_A_STEP)
-    while value_heads % heads or (heads % group and group % heads):
-        heads -= 1
-    shared = max(1, heads // group)
-    pack = chunks.pack_of(chunk_size, heads)
-    count = v.shape[1] // chunk_size
-    steps = max(1, tuned.get("tasks", _TASKS) * pack // heads)
-    while count % steps:
-        steps -= 1
-    plan = _Plan(scale, chunk_size, heads, shared, group, pack, steps, key, value, interpret)
+    plan = _plan(q, v, scale, chunk_size, interpret)
     marks = None if segment_ids is None else segment_marks(segment_ids, chunk_size, axis=3)
     return _kda(plan, q, k, v, g, beta, initial_state, marks)
