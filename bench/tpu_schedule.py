@@ -182,6 +182,19 @@ def milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.2f}"
 
 
+def brief(row: dict) -> dict:
+    """A row to keep: of the parts that are no kernels, all but the largest without details."""
+    details = ("body_cycles", "grid_steps", "share", "spills", "fills", "seconds")
+    most = max((x["cycles"] or 0 for x in row.get("parts", [])), default=0)
+    parts = [
+        x
+        if x["pallas"] or x["cycles"] == most
+        else {key: value for key, value in x.items() if key not in details}
+        for x in row.get("parts", [])
+    ]
+    return row | {"parts": parts} if parts else row
+
+
 def show(rows: list[dict]):
     """Prints a table of the programs, and one of their kernels and of the largest part of each."""
     programs, kernels = [], []
@@ -267,7 +280,7 @@ def main(argv):
         print(" ".join(f"{key}={value}" for key, value in facts.items()), flush=True)
         rows = measure(facts, device, pathlib.Path(folder))
     show(rows)
-    report.write_rows(_OUTPUT.value, rows)
+    report.write_rows(_OUTPUT.value, map(brief, rows))
     if _TUNE.value:
         tune(rows, device.device_kind, facts)
 
