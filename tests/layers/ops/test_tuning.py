@@ -102,20 +102,21 @@ def test_sizes_change_the_program_and_not_its_results(table):
         )
 
 
-def test_heads_of_a_grid_step_change_the_grid_and_not_the_results():
+def test_heads_and_tasks_of_a_grid_step_change_the_grid_and_not_the_results():
     """Of the TPU kernel, in interpret mode."""
     arrays = (*kda_inputs(32), jnp.zeros((1, 2, 16, 16)))
 
     def run(*arrays):
         return kda_pallas_tpu(*arrays, None, scale=0.25, chunk_size=16, interpret=True)
 
-    found = {}
-    for heads in (1, 2):
-        with tuning.trying("kda", heads=heads):
+    found = []
+    for heads, tasks, grid in ((1, 1, (1, 2, 2)), (1, 2, (1, 2, 1)), (2, 1, (1, 1, 2))):
+        with tuning.trying("kda", heads=heads, tasks=tasks):
             traced = jax.jit(lambda *a: run(*a)).trace(*arrays)
-        assert f"grid=(1, {2 // heads}, 2)" in str(traced.jaxpr)
-        found[heads] = traced.lower().compile()(*arrays)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[1], found[2])
+        assert f"grid={grid}" in str(traced.jaxpr)
+        found.append(traced.lower().compile()(*arrays))
+    for other in found[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[0], other)
 
 
 def test_sizes_of_the_gpu_kernels_change_programs_and_not_results():
