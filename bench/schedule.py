@@ -187,11 +187,7 @@ def schedule(bundles: str, utilization: str) -> Schedule:
         for i in range(loop.first, loop.last + 1):
             weight[i] *= loop.trips or 1
     unknown = [loop for loop in found if loop.trips is None]
-    outer = [
-        a
-        for a in found
-        if not any(b != a and b.first <= a.first <= a.last <= b.last for b in found)
-    ]
+    outer = [a for a in found if not any(b != a and a.inside(b) for b in found)]
 
     def cycles(loop):
         return sum(weight[loop.first : loop.last + 1])

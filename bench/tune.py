@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import kda_problem
 import numpy as np
 import report
 from absl import app, flags
@@ -78,12 +79,8 @@ def kernels(operator: str) -> list[str]:
 
 
 def of_kda() -> Problem:
-    s, length = kda_shapes.SHAPES[_SHAPE.value], _TOKENS.value
-    narrow, wide = (1, length, s.num_heads, s.key_dim), (1, length, s.num_value_heads)
-    q, k = (kda.l2norm(normal(i, *narrow)).astype(_DTYPE.value) for i in (0, 1))
-    rates = jnp.log(jax.random.uniform(jax.random.key(5), wide[-1:], minval=1.0, maxval=16.0))
-    g = kda.softplus_gate(normal(3, *wide, s.key_dim) - 4, rates)
-    beta = jax.nn.sigmoid(normal(4, *wide).astype(jnp.float32))
+    s = kda_shapes.SHAPES[_SHAPE.value]
+    *tokens, _ = kda_problem.inputs(s, 1, _TOKENS.value, _DTYPE.value)
     sizes = [{"chunk_size": c} for c in (16, 32, 64, 128)]
     tried = [*sizes]
     for name in kernels(kda._IMPLEMENTATIONS):
@@ -96,7 +93,7 @@ def of_kda() -> Problem:
     return Problem(
         kda_shapes.shape_class(s.key_dim, s.value_dim),
         lambda *a: kda.kda(*a)[0],
-        (q, k, normal(2, *wide, s.value_dim), g, beta),
+        tuple(tokens),
         5,
         tried,
     )

@@ -30,7 +30,6 @@ from .pallas import check, group_sum, only_on, segment_marks, widen
 from .pallas_tpu_steps import in_turns
 from .shapes import shape_class
 
-_LANES = 128
 # Value heads a grid step, and tasks, packs of these times chunks; where the table has nothing.
 _HEADS_A_STEP = 8
 _TASKS = 8
@@ -252,7 +251,8 @@ def _call(kernel, plan: _Plan, ins: dict, outs: dict, flops: int, *, reverse: bo
         cost_estimate=pl.CostEstimate(
             flops=batch * value_heads * length * flops,
             bytes_accessed=moved,
-            transcendentals=batch * value_heads * length * plan.key * 20,
+            # A decay a token of every size of block, and those of the state.
+            transcendentals=batch * value_heads * length * plan.key * (plan.chunk.bit_length() + 1),
         ),
         interpret=plan.interpret,
         name=kernel.func.__name__.strip("_").replace("kernel", "kda"),
@@ -373,12 +373,12 @@ _kda.defvjp(_kda_forward, _kda_backward)
 
 def _plan(q, v, scale: float, chunk: int, interpret: bool) -> _Plan:
     """Sizes of a call: those of the table or the defaults, as far as they divide what there is."""
-    key, value = (width + -width % _LANES for width in (q.shape[-1], v.shape[-1]))
+    key, value = (width + -width % chunks.LANES for width in (q.shape[-1], v.shape[-1]))
     tuned = tuning.chosen("kda", shape_class(q.shape[-1], v.shape[-1]))
-    most = _VMEM_BYTES // (_TASK_BYTES[q.dtype.itemsize] * max(chunk, _LANES) * (key + value))
+    most = _VMEM_BYTES // (_TASK_BYTES[q.dtype.itemsize] * max(chunk, chunks.LANES) * (key + value))
     tasks = max(1, min(tuned.get("tasks", _TASKS), most))
     value_heads, group = v.shape[2], v.shape[2] // q.shape[2]
-    heads = min(tuned.get("heads", _HEADS_A_STEP), tasks * max(1, _LANES // chunk))
+    heads = min(tuned.get("heads", _HEADS_A_STEP), tasks * max(1, chunks.LANES // chunk))
     while value_heads % heads or (heads % group and group % heads):
         heads -= 1
     pack = chunks.pack_of(chunk, heads)

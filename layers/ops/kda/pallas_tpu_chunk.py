@@ -68,7 +68,7 @@ class Chunk(NamedTuple):
     k: Array
     b: Array
     v: Array
-    beta: Array  # [C, P*V]: of the head of each lane
+    beta: list[Array]  # of each head, [C, 1]
     decays: list[Array | tuple[Array, Array]]  # of every size, see `_decays`
     entering: Array  # decay of the entering state up to each row; zero past its segment
     leaving: Array  # decay of each row's write to the end; zero before the last segment
@@ -136,6 +136,12 @@ def spread(x: Array, heads: int) -> Array:
         jnp.where((lane >= n * width) & (lane < (n + 1) * width), x, zero) for n in range(heads)
     ]
     return jnp.concatenate(rows, axis=0)
+
+
+def along_lanes(columns: list[Array], width: int) -> Array:
+    """A column a head, [C, 1], in all of the head's lanes."""
+    wide = [jnp.broadcast_to(x, (x.shape[0], width)) for x in columns]
+    return jnp.concatenate(wide, axis=1)
 
 
 def halves(x: Float[Array, "..."]) -> Halves:
@@ -271,18 +277,12 @@ def prepare(
         entering = jnp.where(running > 0, entering, 0.0)
         leaving = jnp.where(final > 0, leaving, 0.0)
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    wide = [
-        jnp.concatenate(
-            [jnp.broadcast_to(x, (x.shape[0], width)) for x in cut_heads(beta, heads)], axis=1
-        )
-        for beta, width in ((-beta, k.shape[1] // heads), (beta, v.shape[1] // heads))
-    ]
     return Chunk(
         q=q * scale,
         k=k,
-        b=wide[0] * k,
+        b=along_lanes(cut_heads(-beta, heads), k.shape[1] // heads) * k,
         v=v,
-        beta=wide[1],
+        beta=cut_heads(beta, heads),
         decays=decays,
         entering=entering,
         leaving=leaving,
@@ -366,7 +366,8 @@ def entering_rows(x: Chunk) -> Array:
 
 def deltas(x: Chunk, inverse: Array, known: Array) -> Float[Array, "C PV"]:
     """What each token writes; `known` is what the writes read of the entering state."""
-    right = spread((x.beta * x.v + known).astype(x.dtype), x.heads)
+    beta = along_lanes(x.beta, x.v.shape[1] // x.heads)
+    right = spread((beta * x.v + known).astype(x.dtype), x.heads)
     return dot(inverse, right, "nn", x.dtype)
 
 

@@ -15,6 +15,7 @@ from .pallas import dot
 from .pallas_tpu_chunk import (
     Chunk,
     all_columns,
+    along_lanes,
     cut_heads,
     deltas,
     entering_rows,
@@ -141,17 +142,16 @@ def through_scores(x: Chunk, found: ThroughState, scale: float) -> Step[Gradient
     yield
     # P has a diagonal; no decay is in it.
     diagonal = of_each(do, found.delta, lambda a, b: jnp.sum(a * b, 1, keepdims=True), heads)
-    width = x.q.shape[1] // heads
-    diagonal = jnp.concatenate([jnp.broadcast_to(d, (chunk, width)) for d in diagonal], axis=1)
-    beta = _beta(x)
+    key, value = x.q.shape[1] // heads, x.v.shape[1] // heads
+    diagonal = along_lanes(diagonal, key)
     dbeta = [
         jnp.sum(v * r, axis=1, keepdims=True) - jnp.sum(k * b, axis=1, keepdims=True)
         for v, r, k, b in zip(*(cut_heads(z, heads) for z in (x.v, found.dr, x.k, db)), strict=True)
     ]
     return Gradients(
         q=scale * (dq + diagonal * x.k),
-        k=dk + diagonal * x.q - beta * db,
-        v=x.beta * found.dr,
+        k=dk + diagonal * x.q - along_lanes(x.beta, key) * db,
+        v=along_lanes(x.beta, value) * found.dr,
         g=found.dlog + sums,
         beta=jnp.concatenate(dbeta, axis=1),
     )
@@ -231,12 +231,3 @@ def _through_size(
 def _masked(parts: list[Array], at: Array, axis: int) -> Array:
     """The parts side by side, zero elsewhere than said."""
     return jnp.concatenate([jnp.where(at, part, jnp.zeros_like(part)) for part in parts], axis)
-
-
-def _beta(x: Chunk) -> Array:
-    """beta of the head of each lane of keys, [C, P*K]."""
-    value, key = x.beta.shape[1] // x.heads, x.q.shape[1] // x.heads
-    heads = cut_heads(x.beta, x.heads)
-    if key > value:
-        heads = [jnp.broadcast_to(b[:, :1], (b.shape[0], key)) for b in heads]
-    return jnp.concatenate([b[:, :key] for b in heads], axis=1)
