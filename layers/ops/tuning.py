@@ -26,7 +26,16 @@ from ...errors import InputError
 PATH = pathlib.Path(__file__).with_name("tuning.json")
 # What can be chosen, by operator: the type of each choice.
 CHOICES: dict[str, dict[str, type]] = {
-    "grouped_matmul": {"implementation": str, "block": int},
+    "grouped_matmul": {
+        "implementation": str,
+        "block": int,  # rows a turn, of the form for CPUs
+        # Of the GPU kernels: sides of a tile, warps of a program, stages of its pipeline.
+        "row_tile": int,
+        "column_tile": int,
+        "depth_tile": int,
+        "warps": int,
+        "stages": int,
+    },
     "kda": {
         "implementation": str,
         "chunk_size": int,  # of what `implementation=None` runs
@@ -57,11 +66,17 @@ _TRIED: contextvars.ContextVar[Mapping[str, Mapping[str, Any]] | None] = context
 
 
 def device() -> tuple[str, str]:
-    """Platform and kind (``"cpu"``, ``"TPU v6 lite"``, ...) of what is being traced for."""
+    """Platform and kind (``"cpu"``, ``"TPU v6 lite"``, ...) of what is being traced for.
+
+    A platform has the name that code is lowered for: of a GPU it is ``"cuda"`` or ``"rocm"``.
+    """
     found = jax.sharding.get_abstract_mesh().abstract_device
     if found is None:
         found = jax.devices()[0]
-    return found.platform, found.device_kind
+    platform, kind = found.platform, found.device_kind
+    if platform == "gpu":
+        platform = "cuda" if kind.startswith("NVIDIA") else "rocm"
+    return platform, kind
 
 
 def chosen(operator: str, shape_class: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Products of sorted rows with the weights of their group: the arithmetic of a mixture of experts.
 
-Implementations: ``reference`` (dense, float32), ``xla`` (``jax.lax.ragged_dot``), ``blocked``
-(for CPU, where XLA runs ``ragged_dot`` as one dense product a group) and, where it is installed,
-``tokamax`` (its ``ragged_dot``: kernels for TPU and GPU). Under a mesh, call them inside
-:func:`jaxalope.sharding.kernel_map`.
+Implementations: ``reference`` (dense, float32), ``xla`` (``jax.lax.ragged_dot``, for TPU: elsewhere
+XLA runs it as one dense product a group, over all rows), ``blocked`` (for CPU), ``pallas_gpu``
+(kernels for NVIDIA GPUs) and, where it is installed, ``tokamax`` (its ``ragged_dot``: kernels for
+TPU and GPU). Under a mesh, call them inside :func:`jaxalope.sharding.kernel_map`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from jaxtyping import Array, Float, Int
 from ....errors import InputError
 from .. import optional, tuning
 from ..platform import by_platform
-from . import blocked
+from . import blocked, pallas_gpu
 from .reference import grouped_matmul_reference, grouped_swiglu_reference
 from .shapes import shape_class
-from .xla import Ragged
+from .xla import ragged_products
 
 
 def _tokamax_ragged_dot(x, w, group_sizes, **kwargs):
     # It picks among its own by the kind of this host's default device.
-    return optional.tokamax("grouped_matmul").ragged_dot(x, w, group_sizes, **kwargs)
+    return optional.tokamax("grouped_matmul").ragged_dot_general(x, w, group_sizes, **kwargs)
 
 
-IMPLEMENTATIONS = ("reference", "xla", "blocked", "tokamax")
+IMPLEMENTATIONS = ("reference", "xla", "blocked", "pallas_gpu", "tokamax")
 _FORMS = {
-    "xla": Ragged(jax.lax.ragged_dot),
+    "xla": ragged_products(jax.lax.ragged_dot_general),
     "blocked": blocked,
-    "tokamax": Ragged(_tokamax_ragged_dot),
+    "pallas_gpu": pallas_gpu.products(),
+    "tokamax": ragged_products(_tokamax_ragged_dot),
 }
 
 
@@ -54,8 +55,9 @@ def grouped_matmul(
         x: rows sorted by group; float32 or bfloat16.
         w: one matrix a group, of the dtype of ``x``.
         group_sizes: rows of each group, int32, of sum at most ``M``.
-        implementation: one of ``IMPLEMENTATIONS``; None picks ``blocked`` where the code is
-            lowered for CPU and ``xla`` elsewhere, or what :mod:`..tuning` knows to be faster.
+        implementation: one of ``IMPLEMENTATIONS``; None picks, where the code is lowered for CPU,
+            ``blocked``, for CUDA ``pallas_gpu`` (``blocked`` for other dtypes than float32 and
+            bfloat16), elsewhere ``xla``; or what :mod:`..tuning` knows to be faster.
 
     Returns:
         The products, accumulated in float32, in the dtype of ``x``.
@@ -112,7 +114,10 @@ def _dispatch(implementation: str | None, function: str, *args: jax.Array) -> An
         return getattr(_FORMS[implementation], function)(*args)
     weight = args[1].shape
     tuned = tuning.chosen_implementation("grouped_matmul", shape_class(weight[0], weight))
-    names = {"default": "xla", "cpu": "blocked"} | tuned
+    # On a GPU, XLA's form does E times the work, and with E copies of the rows: the kernels are the
+    # default there without having been timed.
+    cuda = "pallas_gpu" if pallas_gpu.takes(args[0]) else "blocked"
+    names = {"default": "xla", "cpu": "blocked", "cuda": cuda} | tuned
     return by_platform({p: getattr(_FORMS[n], function) for p, n in names.items()})(*args)
 
 

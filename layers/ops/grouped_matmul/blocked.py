@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from .. import tuning
+from .products import silu_times
 from .shapes import shape_class
-from .xla import silu_times
 
 BLOCK = 64  # rows a turn: fewer waste time in small products, more in rows that are not there
 

@@ -1,60 +1,66 @@
-"""The grouped product as one ragged product: the form that XLA compiles well on GPU and TPU.
+"""The grouped product as ragged products: the form that XLA compiles well on TPU.
 
-Which ragged product is an argument: XLA's own, or that of a library with the same interface.
+Which ragged product is an argument: XLA's own, or that of a library with the same interface. What
+`ragged_dot` makes of rows past the last group is not promised on every platform. A row of a result
+depends on its own row only, so there it is cleared afterwards, which XLA fuses with what reads it;
+sums over rows get cleared operands.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.lax import RaggedDotDimensionNumbers
+
+from .products import Products, accumulator
+
+# Ragged rows of the left operand, by groups of the right one: [M, D] with [E, D, F], and with the
+# weights transposed, [M, F] with [E, D, F].
+_FORWARD = RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (1,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[0],
+)
+_TO_ROWS = RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[0],
+)
+# The ragged rows are summed over: [M, D] with [M, F] to [E, D, F].
+_TO_WEIGHTS = RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[],
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ragged:
-    """The functions that an implementation has, by a product with ``ragged_dot``'s interface."""
+def ragged_products(ragged_dot_general: Callable[..., jax.Array]) -> Products:
+    """The products by a function with the interface of ``jax.lax.ragged_dot_general``."""
 
-    ragged_dot: Callable[..., jax.Array]
-
-    def product(
-        self, x: Float[Array, "M D"], w: Float[Array, "E D F"], group_sizes: Int[Array, "E"]
-    ) -> Float[Array, "M F"]:
-        """``x[m] @ w[group of m]``, accumulated in float32; rows past the last group give zero.
-
-        ``ragged_dot`` promises nothing about those rows on every platform, in its value or in its
-        gradient, so they are cleared on both sides of it.
-        """
-        inside = (jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None]
-        y = self.ragged_dot(
-            jnp.where(inside, x, 0), w, group_sizes, preferred_element_type=_accumulator(x)
+    def run(a, b, group_sizes, dimensions):
+        return ragged_dot_general(
+            a,
+            b,
+            group_sizes,
+            ragged_dot_dimension_numbers=dimensions,
+            preferred_element_type=accumulator(a),
         )
-        return jnp.where(inside, y, 0).astype(x.dtype)
 
-    def product_vjp(self, x, w, group_sizes, dy):
-        """The gradients of :meth:`product` in ``x`` and ``w``."""
-        return jax.vjp(lambda x, w: self.product(x, w, group_sizes), x, w)[1](dy)
+    def by_rows(dimensions):
+        def product(x, w, group_sizes):
+            y = run(x, w, group_sizes, dimensions)
+            return _cleared(y, group_sizes).astype(x.dtype)
 
-    def swiglu(self, x, gate, up, down, group_sizes):
-        """``(y, gate product, up product)`` of every row's expert."""
-        g, u = self.product(x, gate, group_sizes), self.product(x, up, group_sizes)
-        return self.product(silu_times(g, u), down, group_sizes), g, u
+        return product
 
-    def swiglu_vjp(self, x, gate, up, down, group_sizes, g, u, dy):
-        """The gradients of :meth:`swiglu` in ``x``, ``gate``, ``up`` and ``down``."""
-        hidden, pull = jax.vjp(silu_times, g, u)
-        dhidden, ddown = self.product_vjp(hidden, down, group_sizes, dy)
-        dg, du = pull(dhidden)
-        dx_gate, dgate = self.product_vjp(x, gate, group_sizes, dg)
-        dx_up, dup = self.product_vjp(x, up, group_sizes, du)
-        return dx_gate + dx_up, dgate, dup, ddown
+    def to_weights(x, dy, group_sizes):
+        x, dy = _cleared(x, group_sizes), _cleared(dy, group_sizes)
+        return run(x, dy, group_sizes, _TO_WEIGHTS).astype(x.dtype)
+
+    return Products(by_rows(_FORWARD), by_rows(_TO_ROWS), to_weights)
 
 
-def silu_times(g: Float[Array, "*B F"], u: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """``silu(g) * u``, evaluated in float32."""
-    wide = _accumulator(g)
-    return (jax.nn.silu(g.astype(wide)) * u.astype(wide)).astype(g.dtype)
-
-
-def _accumulator(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+def _cleared(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """The rows, zero past the last group."""
+    inside = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
+    return jnp.where(inside, rows, 0)

@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 
 from jaxalope import InputError
-from jaxalope.layers.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, grouped_swiglu
+from jaxalope.layers.ops import grouped_matmul as operator
+from jaxalope.layers.ops import tuning
+from jaxalope.layers.ops.grouped_matmul import (
+    IMPLEMENTATIONS,
+    grouped_matmul,
+    grouped_swiglu,
+    pallas_gpu,
+)
 from jaxalope.layers.ops.grouped_matmul.blocked import BLOCK
 from jaxalope.layers.ops.grouped_matmul.shapes import SHAPES
 
 D, F = 12, 10
+FORMS = ["xla", "blocked", "pallas_gpu"]
 
 # Rows, then the size of each group.
 SIZES = {
@@ -29,6 +37,13 @@ SIZES = {
     "a turn of the loop that would overrun": (4 * BLOCK, [BLOCK + 60, 3, 2, 2 * BLOCK - 1]),
     "several turns": (4 * BLOCK, [5, 3 * BLOCK + 7, 0, 50]),
 }
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """The kernels run on any platform here."""
+    kernels = pallas_gpu.products(interpret=True)
+    monkeypatch.setitem(operator._FORMS, "pallas_gpu", kernels)
 
 
 def problem(num_rows, sizes, dtype=jnp.float32, seed=0):
@@ -75,7 +90,7 @@ def swiglu_and_gradients(implementation):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+@pytest.mark.parametrize("implementation", FORMS)
 @pytest.mark.parametrize("case", SIZES)
 def test_matmul_is_the_oracle(case, implementation):
     x, gate, _, _, sizes, _ = problem(*SIZES[case])
@@ -86,7 +101,7 @@ def test_matmul_is_the_oracle(case, implementation):
     assert not np.any(actual[0][past:]) and not np.any(actual[1][past:])
 
 
-@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+@pytest.mark.parametrize("implementation", FORMS)
 @pytest.mark.parametrize("case", SIZES)
 def test_swiglu_is_the_oracle(case, implementation):
     args = problem(*SIZES[case])
@@ -111,7 +126,7 @@ def test_oracle_is_a_loop_over_rows():
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+@pytest.mark.parametrize("implementation", FORMS)
 def test_bfloat16_accumulates_in_float32(implementation):
     """Each of the three products may round its operands and its result, and nothing in between."""
     args = problem(200, [20, 130, 0, 50], jnp.bfloat16)
@@ -128,7 +143,7 @@ def test_sums_of_many_bfloat16_rows_do_not_stall():
     """A weight gradient over 2,048 equal rows: bfloat16 partial sums would stop at 256."""
     x, w = jnp.ones((2048, 4), jnp.bfloat16), jnp.ones((2, 4, 4), jnp.bfloat16)
     sizes = jnp.asarray([2048, 0], jnp.int32)
-    for implementation in ("xla", "blocked"):
+    for implementation in FORMS:
         gradient = jax.grad(
             lambda w, i=implementation: (
                 grouped_matmul(x, w, sizes, implementation=i).astype(jnp.float32).sum()
@@ -137,7 +152,7 @@ def test_sums_of_many_bfloat16_rows_do_not_stall():
         np.testing.assert_array_equal(gradient[0].astype(jnp.float32), 2048.0)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+@pytest.mark.parametrize("implementation", FORMS)
 def test_non_finite_rows_past_the_groups_stay_out(implementation):
     x, gate, up, down, sizes, dy = problem(*SIZES["rows past the last group"])
     x = x.at[int(sizes.sum()) :].set(jnp.inf)
@@ -154,6 +169,51 @@ def test_default_follows_the_platform_that_is_lowered_for():
     assert "ragged_dot" in for_tpu and "while" not in for_tpu
 
 
+def test_default_on_a_gpu_is_no_dense_product(monkeypatch):
+    monkeypatch.setitem(operator._FORMS, "pallas_gpu", pallas_gpu.products())
+
+    def lowered(dtype):
+        x, gate, up, down, sizes, _ = problem(*SIZES["uneven"], dtype)
+        traced = jax.jit(lambda *a: grouped_swiglu(*a)).trace(x, gate, up, down, sizes)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert lowered(jnp.bfloat16).count("triton") == 3
+    assert "while" in lowered(jnp.float16) and "ragged_dot" not in lowered(jnp.float16)
+    monkeypatch.setattr(pallas_gpu, "plgpu", None)  # as a JAX without the Triton lowering
+    assert "while" in lowered(jnp.bfloat16) and "triton" not in lowered(jnp.bfloat16)
+
+
+TILES = {"row_tile": 16, "column_tile": 32, "depth_tile": 16}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_tiles_of_the_kernels_change_no_result(dtype):
+    """Widths of several tiles, and of one that is not full; groups that end within a tile."""
+    shapes = ((150, 80), (5, 80, 72), (5, 80, 72), (5, 72, 80))
+    keys = jax.random.split(jax.random.key(0), 5)
+    arrays = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False)]
+    arrays = [a.astype(dtype).astype(jnp.float32) for a in arrays]
+    sizes, dy = jnp.asarray([7, 0, 90, 33, 11], jnp.int32), jax.random.normal(keys[4], (150, 80))
+    expected = swiglu_and_gradients("reference")(*arrays, sizes, dy)
+    narrow = [a.astype(dtype) for a in arrays]
+    for chosen in ({}, TILES):
+        with tuning.trying("grouped_matmul", **chosen):
+            run = swiglu_and_gradients.__wrapped__("pallas_gpu")
+            close(run(*narrow, sizes, dy), expected, 1e-5 if dtype == jnp.float32 else 2e-2)
+
+
+def test_kernels_say_what_they_take(monkeypatch):
+    monkeypatch.setitem(operator._FORMS, "pallas_gpu", pallas_gpu.products())
+    x, gate, _, _, sizes, _ = problem(*SIZES["uneven"])
+    with pytest.raises(InputError, match="grouped_matmul.*pallas_gpu.*lowered for cpu"):
+        jax.jit(functools.partial(grouped_matmul, implementation="pallas_gpu"))(x, gate, sizes)
+    with pytest.raises(InputError, match="float16"):
+        half = (x.astype(jnp.float16), gate.astype(jnp.float16), sizes)
+        grouped_matmul(*half, implementation="pallas_gpu")
+    with pytest.raises(InputError, match="w bfloat16 must have the dtype of x, float32"):
+        grouped_matmul(x, gate.astype(jnp.bfloat16), sizes, implementation="pallas_gpu")
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_input():
     x, gate, up, down, sizes, _ = problem(*SIZES["uneven"])
@@ -165,7 +225,7 @@ def test_wrong_input():
         grouped_matmul(x, gate, sizes[:3])
     with pytest.raises(InputError, match="down"):
         grouped_swiglu(x, gate, up, gate, sizes)
-    assert set(IMPLEMENTATIONS) == {"reference", "xla", "blocked", "tokamax"}
+    assert set(IMPLEMENTATIONS) == {"reference", "xla", "blocked", "pallas_gpu", "tokamax"}
 
 
 def test_published_widths():

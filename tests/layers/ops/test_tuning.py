@@ -150,6 +150,23 @@ def test_an_implementation_is_of_its_own_platform_alone(table):
     assert "ragged_dot" in text(grouped_swiglu, *args, platform="tpu")
 
 
+def test_a_gpu_has_the_name_that_code_is_lowered_for(table):
+    """JAX calls the platform of its devices "gpu", and that of programs "cuda" or "rocm"."""
+    x, w = jnp.ones((40, 4)), jnp.ones((2, 4, 8))
+    args = (x, w, w, jnp.ones((2, 8, 4)), jnp.array([20, 20], jnp.int32))
+    table({"grouped_matmul": {"NVIDIA H200": {"e2 8": {"implementation": "blocked"}}}})
+    for kind, name, loops in (
+        ("NVIDIA H200", "cuda", True),
+        ("AMD Instinct MI300X", "rocm", False),
+    ):
+        gpu = jax.sharding.AbstractDevice(kind, None, "gpu")
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert tuning.device() == (name, kind)
+            found = text(lambda *a: grouped_swiglu(*a), *args, platform=name)
+        assert ("while" in found) == loops
+
+
 def test_operators_run_what_the_table_names(table):
     table(
         {

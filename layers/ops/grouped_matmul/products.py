@@ -1,0 +1,62 @@
+"""What an implementation of the grouped product has to give, and what follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Three products over rows ``[M, .]`` that are sorted by group, and the SwiGLU of them.
+
+    Each accumulates in float32 and returns the dtype of its first argument. Rows past the last
+    group may hold anything; those of a result are zero.
+
+    Attributes:
+        forward: ``(x [M, D], w [E, D, F], sizes) -> [M, F]``.
+        to_rows: ``(dy [M, F], w [E, D, F], sizes) -> [M, D]``, with transposed weights.
+        to_weights: ``(x [M, D], dy [M, F], sizes) -> [E, D, F]``, sums over the rows of a group.
+    """
+
+    forward: Product
+    to_rows: Product
+    to_weights: Product
+
+    def product(self, x, w, group_sizes):
+        """``x[m] @ w[group of m]``."""
+        return self.forward(x, w, group_sizes)
+
+    def product_vjp(self, x, w, group_sizes, dy):
+        """The gradients of :meth:`product` in ``x`` and ``w``."""
+        return self.to_rows(dy, w, group_sizes), self.to_weights(x, dy, group_sizes)
+
+    def swiglu(self, x, gate, up, down, group_sizes):
+        """``(y, gate product, up product)`` of every row's expert."""
+        g, u = self.forward(x, gate, group_sizes), self.forward(x, up, group_sizes)
+        return self.forward(silu_times(g, u), down, group_sizes), g, u
+
+    def swiglu_vjp(self, x, gate, up, down, group_sizes, g, u, dy):
+        """The gradients of :meth:`swiglu` in ``x``, ``gate``, ``up`` and ``down``."""
+        hidden, pull = jax.vjp(silu_times, g, u)
+        dhidden, ddown = self.product_vjp(hidden, down, group_sizes, dy)
+        dg, du = pull(dhidden)
+        dx_gate, dgate = self.product_vjp(x, gate, group_sizes, dg)
+        dx_up, dup = self.product_vjp(x, up, group_sizes, du)
+        return dx_gate + dx_up, dgate, dup, ddown
+
+
+def silu_times(g: jax.Array, u: jax.Array) -> jax.Array:
+    """``silu(g) * u``, evaluated in float32."""
+    wide = accumulator(g)
+    return (jax.nn.silu(g.astype(wide)) * u.astype(wide)).astype(g.dtype)
+
+
+def accumulator(x: jax.Array) -> jnp.dtype:
+    """What sums of products of these numbers are held in."""
+    return jnp.promote_types(x.dtype, jnp.float32)
