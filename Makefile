@@ -3,14 +3,14 @@ PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= auto
 # Which tests `make test` runs.
-MARKS   ?= not parity and not long
+MARKS   ?= not parity and not long and not gpu_compile
 BIN      = $(VENV)/bin
 
 # The newest JAX needs Python 3.12; empty where there is none.
 NEWEST ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3 python3.13 python3.14; \
 	do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test test-long parity test-newest lint bench bench-gpu clean
+.PHONY: demo test test-long parity test-newest test-gpu-compile lint bench bench-gpu clean
 
 demo: $(VENV)/.base
 	$(BIN)/python -m jaxalope.train --config=demo --workdir=runs/demo
@@ -34,6 +34,11 @@ parity: $(VENV)/.parity
 test-newest:
 	@if [ -z "$(NEWEST)" ]; then echo 'No Python 3.12 or newer: the newest JAX is not tested here.'; \
 	else $(MAKE) test PYTHON="$(NEWEST)" VENV=.venv-newest; fi
+
+# Compiles for GPUs that are not there; in an environment of its own, as JAX with its CUDA plugin asks
+# for a driver wherever JAX_PLATFORMS does not say otherwise.
+test-gpu-compile: .venv-gpu-compile/.cuda-compile
+	.venv-gpu-compile/bin/python -m pytest -n $(WORKERS) -m gpu_compile
 
 bench: $(VENV)/.parity
 	$(BIN)/python bench/kda.py
@@ -84,6 +89,11 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	touch $@
 $(VENV)/.cuda: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e '.[cuda]'
+	touch $@
+.venv-gpu-compile/.cuda-compile: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu-compile
+	.venv-gpu-compile/bin/python -m pip install --quiet --upgrade pip
+	.venv-gpu-compile/bin/python -m pip install --quiet -e '.[dev,cuda-compile]'
 	touch $@
 $(VENV)/.parity: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e '.[parity]'

@@ -23,7 +23,7 @@ from .params import (
     shardings,
     split,
 )
-from .topology import absent_devices
+from .topology import absent_devices, gpu_memory
 
 __all__ = [
     "LOGICAL_AXES",
@@ -36,6 +36,7 @@ __all__ = [
     "constrain",
     "current_rules",
     "einsum",
+    "gpu_memory",
     "init_compiler_options",
     "init_params",
     "kernel_map",

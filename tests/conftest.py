@@ -59,6 +59,15 @@ def absent_slice():
 
 
 @pytest.fixture
+def absent_gpus():
+    """``absent_gpus(topology)``: GPUs that are not there. Needs JAX's CUDA plugin and ptxas."""
+    pytest.importorskip("jax_plugins.xla_cuda12")
+    from jaxalope.sharding import absent_devices
+
+    return absent_devices
+
+
+@pytest.fixture
 def unchecked_shapes():
     """Turns the shape checks off, for tests of the messages that users get without them."""
     jaxtyping.config.update("jaxtyping_disable", True)

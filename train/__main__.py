@@ -34,7 +34,8 @@ _DRY_RUN = flags.DEFINE_bool(
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    "With --dry_run: the TPU slice to compile for, which need not be there (v5e:4x4, v5p:2x2x4).",
+    "With --dry_run: the TPU slice (v5e:4x4, v5p:2x2x4) or GPUs (h200:8, h100:4x8) to compile for, "
+    "which need not be there.",
 )
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -92,7 +93,7 @@ def _run() -> int:
         return 0
     experiment = overlay(get_experiment(_config()), _SET.value)
     if _TOPOLOGY.value and not _DRY_RUN.value:
-        raise InputError(f"--topology={_TOPOLOGY.value} needs --dry_run: no such slice is here")
+        raise InputError(f"--topology={_TOPOLOGY.value} needs --dry_run: what it names is not here")
     _start_distributed()
     _keep_compiled()
     if _DRY_RUN.value:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from ..configs.experiment import Experiment
 from ..errors import InputError
+from ..sharding import gpu_memory
 from .feed import rows_by_process
 from .hardware import peak_of_kind
 from .step import abstract_state, batch_sharding, make_train_step
@@ -80,11 +81,19 @@ def estimate(experiment: Experiment, mesh: Mesh | None) -> Estimate:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise InputError(
-            f"a train step does not fit a device ({str(error).splitlines()[0]}): raise "
-            "train.accumulation or mesh.fsdp, or lower data.batch_size or data.sequence_length"
-        ) from error
+        raise _too_large(str(error).splitlines()[0]) from error
+    step = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
     devices = jax.devices()[:1] if mesh is None else mesh.devices.ravel()
+    # The compiler for GPUs does its best, says nothing, and leaves it to the run to fail.
+    there = gpu_memory(devices[0].device_kind)
+    if there is not None and step > there:
+        kind = devices[0].device_kind
+        raise _too_large(f"it takes {_human(step)}, and an {kind} has {_human(there)}")
     peak = peak_of_kind(devices[0].device_kind)
     tokens = math.prod(shape)
     flops = experiment.model.flops_per_token(experiment.data.sequence_length) * tokens
@@ -93,11 +102,15 @@ def estimate(experiment: Experiment, mesh: Mesh | None) -> Estimate:
         params=_bytes_a_device(state.params),
         optimizer=_bytes_a_device(state.opt_state),
         ema=_bytes_a_device(state.ema),
-        step=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        step=step,
         seconds=peak and flops / (peak * len(devices)),
+    )
+
+
+def _too_large(why: str) -> InputError:
+    return InputError(
+        f"a train step does not fit a device ({why}): raise train.accumulation or mesh.fsdp, or "
+        "lower data.batch_size or data.sequence_length"
     )
 
 

@@ -91,6 +91,18 @@ def test_dry_run_compiles_for_a_slice_that_is_not_there(run):
     assert "does not fit a device" in err and "raise train.accumulation or mesh.fsdp" in err
 
 
+@pytest.mark.gpu_compile
+@pytest.mark.usefixtures("absent_gpus")
+def test_dry_run_compiles_for_gpus_that_are_not_there(run):
+    command = [f"--config={BIGRAM}", "--dry_run", "--topology=h200:2x2"]
+    status, out, _ = run(*command, "--set=mesh.fsdp=4", "--set=mesh.data=1")
+    assert status == 0 and out.endswith("devices: 4 x NVIDIA H200\n")
+    assert re.search(r"a step at the peak FLOP/s, seconds +\d", out)
+    status, out, err = run(*command, "--set=model.hidden_size=20_000_000")
+    assert status == 2 and err.count("\n") == 1
+    assert "does not fit a device" in err and "an NVIDIA H200 has 141.0 GiB" in err
+
+
 @pytest.mark.usefixtures("absent_slice")
 def test_dry_run_asks_for_every_host_of_the_slice(run):
     """What is wrong with the rows of another process than this one."""
@@ -105,6 +117,7 @@ def test_dry_run_asks_for_every_host_of_the_slice(run):
     [
         (["--topology=v5e:2x2"], "needs --dry_run"),
         (["--topology=v9:2x2", "--dry_run"], "topology='v9:2x2' cannot be compiled for"),
+        (["--topology=h200:x2", "--dry_run"], "topology='h200:x2' is not a GPU with a count"),
     ],
 )
 def test_a_slice_that_cannot_be_had_is_named(flags, message, run):

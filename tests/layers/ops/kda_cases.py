@@ -19,6 +19,11 @@ def run(arrays, segment_ids=None, **kwargs):
     return kda(*tokens, initial_state=state, segment_ids=segment_ids, **kwargs)
 
 
+def low_precision(arrays):
+    """The same with q, k and v in bfloat16, as models have them."""
+    return (*(x.astype(jnp.bfloat16) for x in arrays[:3]), *arrays[3:])
+
+
 def value_and_grads(arrays, cotangents, segment_ids=None, **kwargs):
     """(o, final state) and the gradients of sum(o * w) + sum(S * u), jitted."""
 

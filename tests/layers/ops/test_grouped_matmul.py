@@ -205,7 +205,7 @@ def test_tiles_of_the_kernels_change_no_result(dtype):
 def test_kernels_say_what_they_take(monkeypatch):
     monkeypatch.setitem(operator._FORMS, "pallas_gpu", pallas_gpu.products())
     x, gate, _, _, sizes, _ = problem(*SIZES["uneven"])
-    with pytest.raises(InputError, match="grouped_matmul.*pallas_gpu.*lowered for cpu"):
+    with pytest.raises(InputError, match=r"grouped_matmul.*pallas_gpu.*lowered for cpu"):
         jax.jit(functools.partial(grouped_matmul, implementation="pallas_gpu"))(x, gate, sizes)
     with pytest.raises(InputError, match="float16"):
         half = (x.astype(jnp.float16), gate.astype(jnp.float16), sizes)

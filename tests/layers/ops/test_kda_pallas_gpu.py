@@ -10,17 +10,13 @@ import kda_cases
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from kda_cases import close, draw_heads, value_and_grads
+from kda_cases import close, draw_heads, low_precision, value_and_grads
 
 from jaxalope.errors import InputError
 from jaxalope.layers.ops.kda import kda, kda_step, pallas_gpu, step
 
 run = functools.partial(kda_cases.run, implementation="pallas_gpu")
 TRITON = "__gpu$xla.gpu.triton"
-
-
-def low_precision(arrays):
-    return (*(x.astype(jnp.bfloat16) for x in arrays[:3]), *arrays[3:])
 
 
 def lower_for_cuda(function, *args) -> str:
