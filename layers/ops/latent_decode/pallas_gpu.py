@@ -154,7 +154,8 @@ def latent_decode_pallas_gpu(
     plan = _Plan(
         scale=scale,
         rows=side,
-        block=_MIN_SIDE if wide else 64,
+        # More would not fit into the shared memory of every kind of GPU beside 64 queries.
+        block=_MIN_SIDE if wide else 32 if side == _MAX_ROWS else 64,
         splits=max(1, min(wanted, capacity // _MIN_SPAN)),
         values=value_dim,
         shared=width - value_dim,
