@@ -281,8 +281,9 @@ def _mix(x, ids, weights, experts, gate, up, down, *, implementation):
         y = _one_by_one(x, jnp.where(here, local, 0), weights, gate, up, down)
     else:
         local = jnp.where(here, local, experts.size)
-        cast = (w.astype(x.dtype) for w in (gate, up, down))
-        y = _grouped(x, local, weights, *cast, implementation=implementation)
+        # Int8 is made numbers; the product casts others itself, and rounds no gradient of theirs.
+        numbers = (w if isinstance(w, jax.Array) else w.astype(x.dtype) for w in (gate, up, down))
+        y = _grouped(x, local, weights, *numbers, implementation=implementation)
     y = psum_over(psum_over(y, "experts"), "mlp")
     return y.astype(x.dtype).reshape(shape)
 
@@ -315,10 +316,30 @@ def _grouped(x, local, weights, gate, up, down, *, implementation):
     order = jnp.argsort(key, stable=True)
     inverse = jnp.argsort(order)
     sizes = jnp.sum(key[:, None] == jnp.arange(gate.shape[0]), axis=0, dtype=jnp.int32)
-    rows = _permute(jnp.repeat(x, top_k, axis=0), order, inverse)
+    rows = _spread(top_k, x, order, inverse)
     rows = grouped_swiglu(rows, gate, up, down, sizes, implementation=implementation)
     rows = _permute(rows, inverse, order).reshape(num_tokens, top_k, -1)
     return jnp.sum(rows.astype(jnp.float32) * weights[..., None], axis=1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(top_k, x, order, inverse):
+    """``repeat(x, top_k)[order]``: a token's row for each of its pairs, in the pairs' order."""
+    return x.at[order // top_k].get(mode="promise_in_bounds")
+
+
+def _spread_fwd(top_k, x, order, inverse):
+    return _spread(top_k, x, order, inverse), inverse
+
+
+def _spread_bwd(top_k, inverse, dy):
+    pairs = dy.at[inverse].get(mode="promise_in_bounds").reshape(-1, top_k, dy.shape[1])
+    dx = jnp.sum(pairs.astype(jnp.float32), axis=1).astype(dy.dtype)
+    no_gradient = np.zeros(inverse.shape, jax.dtypes.float0)
+    return dx, no_gradient, no_gradient
+
+
+_spread.defvjp(_spread_fwd, _spread_bwd)
 
 
 @jax.custom_vjp

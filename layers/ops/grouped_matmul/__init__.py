@@ -53,7 +53,8 @@ def grouped_matmul(
 
     Args:
         x: rows sorted by group; float32 or bfloat16.
-        w: one matrix a group, of the dtype of ``x``.
+        w: one matrix a group. They are multiplied in the dtype of ``x``; the gradient has their
+            own, and is not rounded to another on its way.
         group_sizes: rows of each group, int32, of sum at most ``M``.
         implementation: one of ``IMPLEMENTATIONS``; None picks, where the code is lowered for CPU,
             ``blocked``, for CUDA ``pallas_gpu`` (``blocked`` for other dtypes than float32 and
@@ -108,17 +109,18 @@ def _check(x, weights: dict[str, jax.Array], group_sizes, implementation: str | 
             )
 
 
-def _dispatch(implementation: str | None, function: str, *args: jax.Array) -> Any:
+def _dispatch(implementation: str | None, function: str, *args: jax.Array, **static) -> Any:
     """Run ``function`` of the named form, or of the one for the platform that is lowered for."""
     if implementation is not None:
-        return getattr(_FORMS[implementation], function)(*args)
+        return getattr(_FORMS[implementation], function)(*args, **static)
     weight = args[1].shape
     tuned = tuning.chosen_implementation("grouped_matmul", shape_class(weight[0], weight))
     # On a GPU, XLA's form does E times the work, and with E copies of the rows: the kernels are the
     # default there without having been timed.
     cuda = "pallas_gpu" if pallas_gpu.takes(args[0]) else "blocked"
     names = {"default": "xla", "cpu": "blocked", "cuda": cuda} | tuned
-    return by_platform({p: getattr(_FORMS[n], function) for p, n in names.items()})(*args)
+    forms = {p: getattr(_FORMS[n], function) for p, n in names.items()}
+    return by_platform(forms)(*args, **static)
 
 
 # The choice of a platform is made inside the forward and inside the backward rule: both forms keep
@@ -127,7 +129,7 @@ def _dispatch(implementation: str | None, function: str, *args: jax.Array) -> An
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(implementation, x, w, group_sizes):
-    return _dispatch(implementation, "product", x, w, group_sizes)
+    return _dispatch(implementation, "product", x, w.astype(x.dtype), group_sizes)
 
 
 def _product_fwd(implementation, x, w, group_sizes):
@@ -135,8 +137,10 @@ def _product_fwd(implementation, x, w, group_sizes):
 
 
 def _product_bwd(implementation, residuals, dy):
-    dx, dw = _dispatch(implementation, "product_vjp", *residuals, dy)
-    return dx, dw, _no_gradient(residuals[-1])
+    x, w, group_sizes = residuals
+    inputs = (x, w.astype(x.dtype), group_sizes, dy)
+    dx, dw = _dispatch(implementation, "product_vjp", *inputs, weight_dtype=w.dtype)
+    return dx, dw, _no_gradient(group_sizes)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -144,18 +148,22 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(implementation, x, gate, up, down, group_sizes):
-    return _dispatch(implementation, "swiglu", x, gate, up, down, group_sizes)[0]
+    return _swiglu_fwd(implementation, x, gate, up, down, group_sizes)[0]
 
 
 def _swiglu_fwd(implementation, x, gate, up, down, group_sizes):
-    inputs = (x, gate, up, down, group_sizes)
-    y, g, u = _dispatch(implementation, "swiglu", *inputs)
-    return y, (*inputs, g, u)
+    narrow = (w.astype(x.dtype) for w in (gate, up, down))
+    y, g, u = _dispatch(implementation, "swiglu", x, *narrow, group_sizes)
+    return y, (x, gate, up, down, group_sizes, g, u)
 
 
 def _swiglu_bwd(implementation, residuals, dy):
-    gradients = _dispatch(implementation, "swiglu_vjp", *residuals, dy)
-    return *gradients, _no_gradient(residuals[4])
+    x, gate, up, down, *rest = residuals
+    # Cast again rather than kept: a copy of all experts.
+    narrow = (w.astype(x.dtype) for w in (gate, up, down))
+    inputs = (x, *narrow, *rest, dy)
+    gradients = _dispatch(implementation, "swiglu_vjp", *inputs, weight_dtype=gate.dtype)
+    return *gradients, _no_gradient(rest[0])
 
 
 _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)

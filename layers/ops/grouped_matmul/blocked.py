@@ -121,15 +121,15 @@ def product(x, w, group_sizes):
     return map_groups(fn, (x,), (w,), group_sizes)[0][0]
 
 
-def product_vjp(x, w, group_sizes, dy):
-    """The gradients of :func:`product` in ``x`` and ``w``."""
+def product_vjp(x, w, group_sizes, dy, *, weight_dtype):
+    """The gradients of :func:`product` in ``x`` and ``w``, this one in ``weight_dtype``."""
 
     def fn(rows, weights):
         x, dy = rows
         return (_dot(dy, weights[0].T, x.dtype),), (_dot(x.T, dy),)
 
     (dx,), (dw,) = map_groups(fn, (x, dy), (w,), group_sizes)
-    return dx, dw.astype(w.dtype)
+    return dx, dw.astype(weight_dtype)
 
 
 def swiglu(x, gate, up, down, group_sizes):
@@ -143,7 +143,7 @@ def swiglu(x, gate, up, down, group_sizes):
     return map_groups(fn, (x,), (gate, up, down), group_sizes)[0]
 
 
-def swiglu_vjp(x, gate, up, down, group_sizes, g, u, dy):
+def swiglu_vjp(x, gate, up, down, group_sizes, g, u, dy, *, weight_dtype):
     """The gradients of :func:`swiglu` in ``x``, ``gate``, ``up`` and ``down``."""
 
     def fn(rows, weights):
@@ -155,7 +155,7 @@ def swiglu_vjp(x, gate, up, down, group_sizes, g, u, dy):
         return (dx.astype(x.dtype),), (_dot(x.T, dg), _dot(x.T, du), _dot(hidden.T, dy))
 
     (dx,), dw = map_groups(fn, (x, g, u, dy), (gate, up, down), group_sizes)
-    return dx, *(d.astype(w.dtype) for d, w in zip(dw, (gate, up, down), strict=True))
+    return dx, *(d.astype(weight_dtype) for d in dw)
 
 
 def _dot(a: jax.Array, b: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:

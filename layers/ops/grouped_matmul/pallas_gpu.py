@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ....errors import InputError
 from .. import tuning
 from ..optional import check_triton
 from ..optional import triton as plgpu
@@ -159,11 +158,9 @@ def _dot(x, y, **turned):
     return plgpu.dot(x, y, precision=precision, **turned)
 
 
-def _check(x, w):
+def _check(x):
     check_triton("pallas_gpu")
     check_floats("pallas_gpu", x=x)
-    if w.dtype != x.dtype:
-        raise InputError(f"w {w.dtype} must have the dtype of x, {x.dtype}: cast one of them")
 
 
 def _call(plan: Plan, kernel, grid, out, name, *arrays):
@@ -178,7 +175,7 @@ def _call(plan: Plan, kernel, grid, out, name, *arrays):
 
 
 def _to_rows(x, w, group_sizes, *, turned: bool, interpret: bool):
-    _check(x, w)
+    _check(x)
     plan, width = _plan(x, w, interpret), w.shape[1 if turned else 2]
     tiles = _tiles(group_sizes, x.shape[0], plan.rows)
     return _call(
@@ -193,10 +190,10 @@ def _to_rows(x, w, group_sizes, *, turned: bool, interpret: bool):
     )
 
 
-def _to_weights(x, dy, group_sizes, *, interpret: bool):
-    _check(x, dy)
+def _to_weights(x, dy, group_sizes, dtype, *, interpret: bool):
+    _check(x)
     shape = (group_sizes.shape[0], x.shape[1], dy.shape[1])
-    out = jax.ShapeDtypeStruct(shape, x.dtype)
+    out = jax.ShapeDtypeStruct(shape, dtype)
     plan = _plan(x, out, interpret)
     # Its tiles are of a weight: none of its sides is a number of rows.
     plan = plan._replace(rows=min(plan.columns, max(_MIN_SIDE, pl.next_power_of_2(shape[1]))))

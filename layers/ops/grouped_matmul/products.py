@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Product = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Products:
     """Three products over rows ``[M, .]`` that are sorted by group, and the SwiGLU of them.
 
-    Each accumulates in float32 and returns the dtype of its first argument. Rows past the last
+    All arrays are of one dtype, that of the rows that result; sums are float32. Rows past the last
     group may hold anything; those of a result are zero.
 
     Attributes:
         forward: ``(x [M, D], w [E, D, F], sizes) -> [M, F]``.
         to_rows: ``(dy [M, F], w [E, D, F], sizes) -> [M, D]``, with transposed weights.
-        to_weights: ``(x [M, D], dy [M, F], sizes) -> [E, D, F]``, sums over the rows of a group.
+        to_weights: ``(x [M, D], dy [M, F], sizes, dtype) -> [E, D, F]``, sums over the rows of a
+            group, in that dtype.
     """
 
     forward: Product
@@ -32,22 +34,24 @@ class Products:
         """``x[m] @ w[group of m]``."""
         return self.forward(x, w, group_sizes)
 
-    def product_vjp(self, x, w, group_sizes, dy):
-        """The gradients of :meth:`product` in ``x`` and ``w``."""
-        return self.to_rows(dy, w, group_sizes), self.to_weights(x, dy, group_sizes)
+    def product_vjp(self, x, w, group_sizes, dy, *, weight_dtype):
+        """The gradients of :meth:`product` in ``x`` and ``w``, this one in ``weight_dtype``."""
+        dw = self.to_weights(x, dy, group_sizes, weight_dtype)
+        return self.to_rows(dy, w, group_sizes), dw
 
     def swiglu(self, x, gate, up, down, group_sizes):
         """``(y, gate product, up product)`` of every row's expert."""
         g, u = self.forward(x, gate, group_sizes), self.forward(x, up, group_sizes)
         return self.forward(silu_times(g, u), down, group_sizes), g, u
 
-    def swiglu_vjp(self, x, gate, up, down, group_sizes, g, u, dy):
+    def swiglu_vjp(self, x, gate, up, down, group_sizes, g, u, dy, *, weight_dtype):
         """The gradients of :meth:`swiglu` in ``x``, ``gate``, ``up`` and ``down``."""
+        vjp = functools.partial(self.product_vjp, weight_dtype=weight_dtype)
         hidden, pull = jax.vjp(silu_times, g, u)
-        dhidden, ddown = self.product_vjp(hidden, down, group_sizes, dy)
+        dhidden, ddown = vjp(hidden, down, group_sizes, dy)
         dg, du = pull(dhidden)
-        dx_gate, dgate = self.product_vjp(x, gate, group_sizes, dg)
-        dx_up, dup = self.product_vjp(x, up, group_sizes, du)
+        dx_gate, dgate = vjp(x, gate, group_sizes, dg)
+        dx_up, dup = vjp(x, up, group_sizes, du)
         return dx_gate + dx_up, dgate, dup, ddown
 
 

@@ -53,9 +53,9 @@ def ragged_products(ragged_dot_general: Callable[..., jax.Array]) -> Products:
 
         return product
 
-    def to_weights(x, dy, group_sizes):
+    def to_weights(x, dy, group_sizes, dtype):
         x, dy = _cleared(x, group_sizes), _cleared(dy, group_sizes)
-        return run(x, dy, group_sizes, _TO_WEIGHTS).astype(x.dtype)
+        return run(x, dy, group_sizes, _TO_WEIGHTS).astype(dtype)
 
     return Products(by_rows(_FORWARD), by_rows(_TO_ROWS), to_weights)
 
