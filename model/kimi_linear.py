@@ -17,6 +17,7 @@ from ..layers.latent_attention import LatentAttention
 from ..layers.mlp import SwiGLU
 from ..layers.moe import MoE
 from ..layers.norm import RMSNorm
+from ..layers.ops.grouped_matmul import IMPLEMENTATIONS as EXPERT_IMPLEMENTATIONS
 from ..layers.ops.latent_decode import IMPLEMENTATIONS as DECODE_IMPLEMENTATIONS
 from ..layers.segments import is_token
 from ..sharding import constrain
@@ -70,6 +71,8 @@ class KimiLinearConfig:
         kda_implementation, attention_implementation: None picks by platform.
         decode_implementation: how a few new tokens read the cache of MLA, a name of
             :func:`~jaxalope.layers.ops.latent_decode.latent_decode`; None picks by platform.
+        expert_implementation: how rows are multiplied with their experts' weights, a name of
+            :func:`~jaxalope.layers.ops.grouped_matmul.grouped_matmul`; None picks by platform.
     """
 
     vocab_size: int
@@ -109,6 +112,7 @@ class KimiLinearConfig:
     kda_implementation: str | None = None
     attention_implementation: str | None = None
     decode_implementation: str | None = None
+    expert_implementation: str | None = None
 
     def __post_init__(self):
         check_config(self, _POSITIVE)
@@ -123,11 +127,15 @@ class KimiLinearConfig:
             )
         if self.num_experts:
             self._check_experts()
-        if self.decode_implementation not in (None, *DECODE_IMPLEMENTATIONS):
-            raise InputError(
-                f"model.decode_implementation={self.decode_implementation!r} is not one of "
-                f"{', '.join(DECODE_IMPLEMENTATIONS)}; leave it None to pick by platform"
-            )
+        for name, known in (
+            ("decode_implementation", DECODE_IMPLEMENTATIONS),
+            ("expert_implementation", EXPERT_IMPLEMENTATIONS),
+        ):
+            if getattr(self, name) not in (None, *known):
+                raise InputError(
+                    f"model.{name}={getattr(self, name)!r} is not one of {', '.join(known)}; "
+                    "leave it None to pick by platform"
+                )
         values = self.kda_num_value_heads or self.kda_num_heads
         if values % self.kda_num_heads:
             raise InputError(
@@ -394,6 +402,7 @@ class KimiLinearBlock(nnx.Module):
                 topk_groups=c.topk_group,
                 renormalize=c.moe_renormalize,
                 routed_scaling_factor=c.routed_scaling_factor,
+                implementation=c.expert_implementation,
                 **init,
             )
 
