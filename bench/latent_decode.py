@@ -12,9 +12,10 @@ bandwidth in the maker's data sheet. Caches of more than `--memory_gib` are left
     python bench/latent_decode.py --topology=v5e:2x2 --shape=kimi_48b --dtype=bfloat16 \
         --implementations=pallas_tpu,xla --output=bench/results/latent_decode_tpu_compile.jsonl
 
-compiles for a chip of that kind instead: libtpu is needed, a TPU is not. Nothing runs; the columns
-are what the compiler says of its programs, and the time that the cache's bytes take at the data
-sheet's bandwidth, below which no implementation can go.
+compiles for a chip of that kind, or a GPU (h200), instead: its compiler is needed, the device is
+not. Nothing runs; the columns are what the compiler says of its programs (for GPUs, memory alone),
+and the time that the cache's bytes take at the data sheet's bandwidth, below which no
+implementation can go.
 """
 
 import functools
@@ -41,14 +42,14 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for a chip of this ki
 _OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JSON lines.")
 
 
-def shapes(batch: int, context: int, sharding=None):
+def shapes(batch: int, context: int):
     """Queries, latents and positions of a call."""
     s, tokens = SHAPES[_SHAPE.value], _TOKENS.value
-    floats = functools.partial(jax.ShapeDtypeStruct, dtype=_DTYPE.value, sharding=sharding)
+    floats = functools.partial(jax.ShapeDtypeStruct, dtype=_DTYPE.value)
     return (
         floats((batch, tokens, s.num_heads, s.width)),
         floats((batch, context, s.width)),
-        jax.ShapeDtypeStruct((batch, tokens), "int32", sharding=sharding),
+        jax.ShapeDtypeStruct((batch, tokens), "int32"),
     )
 
 
@@ -117,13 +118,12 @@ def measure(facts):
 def compile_ahead(facts):
     """Compiles for `--topology`, and prints and writes what the compiler says."""
     device = absent_devices(_TOPOLOGY.value)[0]
-    place = jax.sharding.SingleDeviceSharding(device)
     rows, lines = [], []
     for batch, context, size in grid():
         for form in _FORMS.value:
-            program = jax.jit(functools.partial(read, form))
-            compiled = program.lower(*shapes(batch, context, place)).compile()
-            cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+            program = functools.partial(read, form)
+            compiled = report.compile_for(device, program, *shapes(batch, context))
+            cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
             row = {
                 "form": form,
                 "batch": batch,
@@ -131,8 +131,8 @@ def compile_ahead(facts):
                 "cache_bytes": size,
                 "target": device.device_kind,
                 "vmem_bytes": report.vmem_bytes(compiled),
-                "flops": cost["flops"],
-                "bytes_accessed": cost["bytes accessed"],
+                "flops": cost.get("flops"),
+                "bytes_accessed": cost.get("bytes accessed"),
                 "temporary_bytes": memory.temp_size_in_bytes,
                 "bound_s": size / report.bandwidth(device),
             }
@@ -140,8 +140,8 @@ def compile_ahead(facts):
             vmem = " + ".join(f"{x / 2**20:.1f}" for x in row["vmem_bytes"]) or "-"
             cells = (
                 vmem,
-                f"{row['flops'] / 1e9:.2f}",
-                f"{row['bytes_accessed'] / 1e9:.3f}",
+                report.billions(row["flops"], 2),
+                report.billions(row["bytes_accessed"], 3),
                 f"{row['temporary_bytes'] / 2**20:.1f}",
                 f"{row['bound_s'] * 1e6:.0f}",
             )

@@ -98,6 +98,11 @@ def compile_for(device: jax.Device, program: Callable, *arrays):
         return jax.jit(program).lower(*arrays).compile()
 
 
+def billions(value: float | None, digits: int) -> str:
+    """In units of 1e9, for a table; a dash where nothing is known."""
+    return "-" if value is None else f"{value / 1e9:.{digits}f}"
+
+
 def vmem_bytes(compiled) -> list[int]:
     """Bytes of VMEM that each Pallas kernel of a program compiled for TPU takes."""
     kernels = [line for line in compiled.as_text().splitlines() if '"tpu_custom_call"' in line]
