@@ -1,23 +1,45 @@
 """Latent decoding as XLA compiles it: blocks of the cache, one after another, up to the last used.
 
-A block is read for its scores, while it is in a CPU's cache, and again for its values.
+A block is read for its scores, while it is in a CPU's cache, and again for its values. On a GPU
+every turn of the loop waits for the host, as the data decide how many there are: there, blocks are
+as large as leaves few of them, and the scores of one no more than :data:`_GPU_SCORES` numbers.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from ..platform import by_platform
 from .partial import HIDDEN, part
 
 _BLOCK = 512
+_GPU_TURNS, _GPU_SCORES = 16, 2**24
 
 
 def latent_decode_xla(q, latent, counts, *, value_dim, scale):
     """See :func:`..latent_decode`."""
+    blocks = {"default": min(_BLOCK, latent.shape[1]), "cuda": _gpu_block(q, latent)}
+    if blocks["cuda"] == blocks["default"]:
+        del blocks["cuda"]
+    run = by_platform({p: functools.partial(_by_blocks, block) for p, block in blocks.items()})
+    return run(q, latent, counts, value_dim=value_dim, scale=scale)
+
+
+def _gpu_block(q, latent) -> int:
+    """Slots of a block on a GPU, a multiple of the one elsewhere unless it is the whole cache."""
+    batch, length, heads, _ = q.shape
+    wanted = -(-latent.shape[1] // _GPU_TURNS)
+    most = _GPU_SCORES // (batch * length * heads)
+    block = max(_BLOCK, min(wanted, most) // _BLOCK * _BLOCK)
+    return min(block, latent.shape[1])
+
+
+def _by_blocks(block, q, latent, counts, *, value_dim, scale):
     batch, length, heads, _ = q.shape
     capacity, rows = latent.shape[1], length * heads
-    block = min(_BLOCK, capacity)
     q = q.reshape(batch, rows, -1)
     seen_by = jnp.repeat(counts, heads, axis=1)[:, :, None]  # [B, R, 1]
     end = jnp.max(counts, axis=1)

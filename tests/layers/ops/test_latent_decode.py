@@ -85,6 +85,22 @@ def test_equals_the_oracle(implementation, shape, value_dim, last):
     np.testing.assert_allclose(got, want, atol=3e-6)
 
 
+@pytest.mark.parametrize("scores, block", [(2**24, 128), (3 * 5 * 3 * 130, 128), (2**24, 256)])
+def test_blocks_of_the_xla_form_on_a_gpu(monkeypatch, scores, block):
+    """Larger ones, and fewer, to the same result; what is lowered for CUDA holds them."""
+    monkeypatch.setattr(xla, "_BLOCK", 128)
+    monkeypatch.setattr(xla, "_GPU_TURNS", 700 // block)
+    monkeypatch.setattr(xla, "_GPU_SCORES", scores)
+    arrays = draw(3, 3, 5, 700, 28, last=(699, -1, 300))
+    assert xla._gpu_block(*arrays[:2]) == block
+    counts = arrays[2] + 1
+    got = xla._by_blocks(block, arrays[0], arrays[1], counts, value_dim=20, scale=0.3)
+    np.testing.assert_allclose(got, run(*arrays, 20), atol=3e-6)
+    traced = jax.jit(lambda *a: run(*a, 20, "xla")).trace(*arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert f"tensor<3x{block}x28xf32>" in text
+
+
 def test_the_oracle_is_attention_over_what_a_query_sees():
     q, latent, positions = draw(2, 2, 3, 9, 6, last=(8, 3))
     out = run(q, latent, positions, 4)
