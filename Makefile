@@ -59,6 +59,7 @@ bench: $(VENV)/.parity
 ROWS = bench/results
 bench-gpu: $(VENV)/.cuda
 	$(BIN)/python bench/kda.py --gpu --dtype=bfloat16 --lengths=2048,8192,32768,65536 --output=$(ROWS)/kda_gpu.jsonl
+	$(BIN)/python bench/moe.py --shape=kimi_48b --tokens=8192 --dtype=bfloat16 --forms=blocked,pallas_gpu --output=$(ROWS)/moe.jsonl
 	$(BIN)/python bench/latent_decode.py --shape=kimi_48b --dtype=bfloat16 --batches=1,8,64 \
 	  --contexts=4096,32768,262144,1048576 --implementations=xla,pallas_gpu --output=$(ROWS)/latent_decode.jsonl
 	$(BIN)/python bench/hybrid_decode.py --model=kimi_linear_48b --layers=4 --memory_gib=60 \

@@ -6,6 +6,13 @@ The forms run in turns on the same inputs; a ratio is taken within a turn, and r
 median of the turns with their 10th and 90th percentile. ``matmul`` is one plain dense layer of the
 arithmetic that the chosen experts need: the floor. Other
 load on the machine hardly counts in process time, which is of all threads.
+
+    python bench/moe.py --topology=h200 --shape=kimi_48b --tokens=8192 --dtype=bfloat16 \
+        --forms=ragged_dot,blocked,pallas_gpu --output=bench/results/moe_gpu_compile.jsonl
+
+compiles for a device that is not there instead, and runs nothing: the compiler's temporaries. On a
+GPU, `--forms=blocked,pallas_gpu` measures what can run there (`ragged_dot` at these sizes
+cannot).
 """
 
 import functools
@@ -19,11 +26,16 @@ from absl import app, flags
 
 from jaxalope.layers.ops.grouped_matmul import grouped_swiglu
 from jaxalope.layers.ops.grouped_matmul.shapes import SHAPES
+from jaxalope.sharding import absent_devices
 
 _SHAPE = flags.DEFINE_enum("shape", "kimi_8m", sorted(SHAPES), "Widths and numbers of experts.")
 _TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens; each makes top_k rows.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of rows and weights.")
 _TURNS = flags.DEFINE_integer("turns", 20, "Measurements of each form.", lower_bound=1)
+_FORMS = flags.DEFINE_list(
+    "forms", ["blocked", "ragged_dot", "every expert"], "Which to measure or compile."
+)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for a device of this kind: h200.")
 _OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JSON lines.")
 
 
@@ -44,6 +56,8 @@ def matmul(x, gate, up, down, sizes):
 FORMS = {
     "blocked": functools.partial(grouped_swiglu, implementation="blocked"),
     "ragged_dot": functools.partial(grouped_swiglu, implementation="xla"),
+    "pallas_gpu": functools.partial(grouped_swiglu, implementation="pallas_gpu"),
+    "tokamax": functools.partial(grouped_swiglu, implementation="tokamax"),
     "every expert": every_expert,
     "matmul": matmul,
 }
@@ -71,25 +85,69 @@ def measure(functions: dict, args: tuple, turns: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(t) for name, t in times.items()}
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def inputs():
+    """Rows, gradients of the outputs, and weights of every expert."""
     s = SHAPES[_SHAPE.value]
-    num_rows = _TOKENS.value * s.top_k
     keys = jax.random.split(jax.random.key(0), 5)
+    rows = (_TOKENS.value * s.top_k, s.features)
     wide = (s.num_experts, s.features, s.hidden_features)
     narrow = (s.num_experts, s.hidden_features, s.features)
-    x, dy, gate, up, down = (
+    return tuple(
         (jax.random.normal(key, shape) / np.sqrt(shape[-2] if len(shape) == 3 else 1)).astype(
             _DTYPE.value
         )
-        for key, shape in zip(
-            keys, [(num_rows, s.features)] * 2 + [wide, wide, narrow], strict=True
-        )
+        for key, shape in zip(keys, [rows, rows, wide, wide, narrow], strict=True)
     )
-    forward_flops = 6 * num_rows * s.features * s.hidden_features
+
+
+def compile_ahead(facts):
+    """Compiles for `--topology`, and prints and writes what the compiler says."""
+    device = absent_devices(_TOPOLOGY.value)[0]
+    x, dy, *weights = jax.eval_shape(inputs)
+    sizes = jax.ShapeDtypeStruct((weights[0].shape[0],), jnp.int32)
+    rows, lines = [], []
+    for form in _FORMS.value:
+
+        def forward(sizes, x, *weights, fn=FORMS[form]):
+            return fn(x, *weights, sizes)
+
+        def both(sizes, dy, *arrays, forward=forward):
+            y, pull = jax.vjp(functools.partial(forward, sizes), *arrays)
+            return y, pull(dy)
+
+        passes = {"forward": (forward, (x,)), "forward+backward": (both, (dy, x))}
+        for name, (program, given) in passes.items():
+            compiled = report.compile_for(device, program, sizes, *given, *weights)
+            size = compiled.memory_analysis().temp_size_in_bytes
+            rows.append(facts | {"pass": name, "form": form, "temporary_bytes": size})
+            lines.append((device.device_kind, name, form, f"{size / 2**30:.2f}"))
+    print(report.table(("device", "pass", "form", "temporaries, GiB"), lines))
+    report.write_rows(_OUTPUT.value, rows)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    unknown = [form for form in _FORMS.value if form not in FORMS]
+    if unknown:
+        raise app.UsageError(f"--forms={unknown[0]} is not one of {', '.join(FORMS)}")
     facts = report.facts(shape=_SHAPE.value, tokens=_TOKENS.value, dtype=_DTYPE.value)
+    if _TOPOLOGY.value:
+        facts["target"] = _TOPOLOGY.value
     print(" ".join(f"{k}={v}" for k, v in facts.items()))
+    if _TOPOLOGY.value:
+        compile_ahead(facts)
+    else:
+        measure_all(facts)
+
+
+def measure_all(facts):
+    """Times the forms under every load on the device that is here."""
+    s = SHAPES[_SHAPE.value]
+    x, dy, gate, up, down = inputs()
+    num_rows = x.shape[0]
+    forward_flops = 6 * num_rows * s.features * s.hidden_features
+    forms = {name: FORMS[name] for name in (*_FORMS.value, "matmul")}
     rows, lines = [], []
     for load in ("even", "skewed", "one expert"):
         sizes = jnp.asarray(sizes_of(load, num_rows, s.num_experts), jnp.int32)
@@ -105,8 +163,8 @@ def main(argv):
             return jax.jit(step)
 
         passes = {
-            "forward": {n: forward_only(f) for n, f in FORMS.items()},
-            "forward+backward": {n: with_backward(f) for n, f in FORMS.items()},
+            "forward": {n: forward_only(f) for n, f in forms.items()},
+            "forward+backward": {n: with_backward(f) for n, f in forms.items()},
         }
         for name, functions in passes.items():
             times = measure(functions, (x, gate, up, down), _TURNS.value)
