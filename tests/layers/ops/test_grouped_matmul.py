@@ -186,13 +186,17 @@ def test_default_follows_the_platform_that_is_lowered_for():
     assert "ragged_dot" in for_tpu and "while" not in for_tpu
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_default_on_a_gpu_is_no_dense_product(monkeypatch):
+    gpu = jax.sharding.AbstractDevice("NVIDIA H200", None, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
     monkeypatch.setitem(operator._FORMS, "pallas_gpu", pallas_gpu.products())
 
     def lowered(dtype):
         x, gate, up, down, sizes, _ = problem(*SIZES["uneven"], dtype)
-        traced = jax.jit(lambda *a: grouped_swiglu(*a)).trace(x, gate, up, down, sizes)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+        with jax.sharding.use_abstract_mesh(mesh):  # newer JAX asks which GPU is meant
+            traced = jax.jit(lambda *a: grouped_swiglu(*a)).trace(x, gate, up, down, sizes)
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     assert lowered(jnp.bfloat16).count("triton") == 3
     assert "while" in lowered(jnp.float16) and "ragged_dot" not in lowered(jnp.float16)
