@@ -23,7 +23,8 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+
+from hlo import Instruction, alike, hbm_bytes, parse, runs
 
 # An instruction that a SparseCore carries out, while the TensorCore goes on.
 _SPARSE = 'async_execution_thread="sparsecore"'
@@ -226,21 +227,6 @@ def read(folder: str | pathlib.Path) -> tuple[dict[str, Schedule], list[str]]:
     return schedules, calls
 
 
-# The program ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a program's HLO text."""
-
-    name: str
-    type: str
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str
-    root: bool
-
-
 @dataclasses.dataclass(frozen=True)
 class Use:
     """A kernel or fusion of a program: how often it runs (None: not known), and its schedule."""
@@ -283,188 +269,31 @@ class Program:
         return [use.instruction.name for use in self.uses if use.cycles is None]
 
 
-def program(hlo: str, folder: str | pathlib.Path) -> Program:
+def program(text: str, folder: str | pathlib.Path) -> Program:
     """Joins the optimised program (``compiled.as_text()``) with the schedules of its parts.
 
     Instructions that do the same are compiled once; the others take the schedule of the one that
     was. A part in a ``while`` loop runs as often as the loop turns, if that can be read.
     """
     schedules, calls = read(folder)
-    computations, entry = parse(hlo)
-    runs = _runs(computations, entry)
+    computations, entry = parse(text)
+    often = runs(computations, entry)
     where = {i.name: (c, i) for c, body in computations.items() for i in body.values()}
-    twins = {_alike(computations, *where[name]): name for name in schedules if name in where}
+    twins = {alike(computations, *where[name]): name for name in schedules if name in where}
     uses = []
     for name in calls:
         if name not in where:
             raise ValueError(f"{name} is called and not in the program: another program's folder")
         computation, instruction = where[name]
-        same = name if name in schedules else twins.get(_alike(computations, *where[name]))
+        same = name if name in schedules else twins.get(alike(computations, *where[name]))
         own = computations[computation]
         types = [own[x].type for x in instruction.operands if x in own]
         size = sum(map(hbm_bytes, [instruction.type, *types]))
-        uses.append(Use(instruction, runs.get(computation), schedules.get(same), size))
+        uses.append(Use(instruction, often.get(computation), schedules.get(same), size))
     elsewhere = (
         i.name
         for c, i in where.values()
-        if c in runs and _SPARSE in i.rest and "-start" in i.opcode
+        if c in often and _SPARSE in i.rest and "-start" in i.opcode
     )
     ends = (i.type for i in computations[entry].values() if i.root or i.opcode == "parameter")
     return Program(tuple(uses), tuple(elsewhere), sum(map(hbm_bytes, ends)))
-
-
-_HEAD = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
-_LINE = re.compile(r"^  (ROOT )?%(\S+) = ")
-_ARRAY = re.compile(r"\b([a-z]+\d*)[a-z0-9]*\[([\d,]*)\](\{[^{}]*\})?")
-Computations = dict[str, dict[str, Instruction]]
-
-
-def parse(hlo: str) -> tuple[Computations, str]:
-    """The instructions of every computation, and the name of the entry."""
-    computations: Computations = {}
-    entry, body = "", None
-    for line in hlo.splitlines():
-        head = _HEAD.match(line)
-        if head:
-            body = computations.setdefault(head[2], {})
-            entry = head[2] if head[1] else entry
-            continue
-        found = _LINE.match(line)
-        if found is None or body is None:
-            continue
-        kind, rest = _type(line[found.end() :])
-        opcode, _, rest = rest.lstrip().partition("(")
-        inner, rest = _until_closed(rest)
-        operands = tuple(re.findall(r"%([^\s,()]+)", inner))
-        if not operands and inner:
-            rest = f"={inner}{rest}"  # a constant's value, a parameter's number
-        body[found[2]] = Instruction(found[2], kind, opcode, operands, rest, bool(found[1]))
-    return computations, entry
-
-
-def _type(text: str) -> tuple[str, str]:
-    if not text.startswith("("):
-        kind, _, rest = text.partition(" ")
-        return kind, rest
-    inner, rest = _until_closed(text[1:])
-    return f"({inner})", rest
-
-
-def _until_closed(text: str) -> tuple[str, str]:
-    """What is before the parenthesis that closes, and what is after."""
-    depth = 1
-    for i, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return text[:i], text[i + 1 :]
-    return text, ""
-
-
-def hbm_bytes(kind: str) -> int:
-    """Bytes of the arrays of an HLO type that are not in an on-chip memory (``S(1)``, ...)."""
-    total = 0
-    for dtype, shape, layout in _ARRAY.findall(kind):
-        if "S(" in layout:
-            continue
-        bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype) or 32)
-        total += math.prod(int(x) for x in shape.split(",") if x) * bits // 8
-    return total
-
-
-def _called(instruction: Instruction, attribute: str) -> str | None:
-    found = re.search(rf"\b{attribute}=%([^\s,]+)", instruction.rest)
-    return found and found[1]
-
-
-_NOT_WHAT_IT_DOES = re.compile(r",? *\b(metadata|frontend_attributes|sharding|backend_config)=.*")
-
-
-def _alike(computations: Computations, computation: str, instruction: Instruction) -> str:
-    """A text that is the same for instructions that do the same: without names and metadata."""
-    own = computations[computation]
-    rest = _NOT_WHAT_IT_DOES.sub("", instruction.rest)
-    for name in re.findall(r"=%([^\s,]+)", rest):
-        inner = computations.get(name, {})
-        order = {x: f"#{n}" for n, x in enumerate(inner)}
-        lines = (
-            f"{i.type} {i.opcode} {[order.get(x) for x in i.operands]} "
-            + re.sub(r"=%[^\s,]+", "", _NOT_WHAT_IT_DOES.sub("", i.rest))
-            for i in inner.values()
-        )
-        rest = rest.replace(f"=%{name}", "={" + "; ".join(lines) + "}")
-    operands = [own[x].type if x in own else "" for x in instruction.operands]
-    return f"{instruction.type} {instruction.opcode} {operands} {rest}"
-
-
-def _runs(computations: Computations, entry: str) -> dict[str, int | None]:
-    """How often the entry and the bodies of its loops run; None under a condition or a call."""
-    runs: dict[str, int | None] = {entry: 1}
-    todo = [entry]
-    while todo:
-        name = todo.pop()
-        for instruction in computations.get(name, {}).values():
-            if instruction.opcode == "while":
-                trips = while_trips(computations, name, instruction)
-                each = None if trips is None or runs[name] is None else runs[name] * trips
-                inner = [_called(instruction, "body"), _called(instruction, "condition")]
-            elif instruction.opcode in ("conditional", "call"):
-                each, inner = None, re.findall(r"%([^\s,{}]+)", instruction.rest)
-            else:
-                continue
-            for computation in inner:
-                if computation and computation not in runs:
-                    runs[computation] = each
-                    todo.append(computation)
-    return runs
-
-
-def while_trips(computations: Mapping, computation: str, loop: Instruction) -> int | None:
-    """Turns of a ``while``: as the compiler knows them, or read from its counter; or None.
-
-    Read, where the condition is ``counter < constant`` and the counter an element of the loop's
-    state that starts at a constant and to which the body adds one.
-    """
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
-    if known:
-        return int(known[1])
-    own = computations[computation]
-    condition = computations.get(_called(loop, "condition"), {})
-    body = computations.get(_called(loop, "body"), {})
-    root = next((i for i in condition.values() if i.root), None)
-    if root is None or root.opcode != "compare" or "direction=LT" not in root.rest:
-        return None
-    index, limit = _element(condition, root.operands[0]), _constant(condition, root.operands[1])
-    start = own.get(loop.operands[0])
-    end = next((i for i in body.values() if i.root), None)
-    if index is None or limit is None or start is None or end is None:
-        return None
-    if start.opcode != "tuple" or end.opcode != "tuple":
-        return None
-    first, last = _constant(own, start.operands[index]), _origin(body, end.operands[index])
-    if first is None or last is None or last.opcode != "add":
-        return None
-    step = _constant(body, last.operands[1])
-    if _element(body, last.operands[0]) != index or not step:
-        return None
-    return max(0, math.ceil((limit - first) / step))
-
-
-def _origin(own: Mapping[str, Instruction], name: str) -> Instruction | None:
-    """What is copied, of a copy."""
-    found = own.get(name)
-    while found is not None and found.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
-        found = own.get(found.operands[0])
-    return found
-
-
-def _constant(own: Mapping[str, Instruction], name: str) -> int | None:
-    found = _origin(own, name)
-    value = found and found.opcode == "constant" and re.match(r"=(-?\d+)", found.rest)
-    return int(value[1]) if value else None
-
-
-def _element(own: Mapping[str, Instruction], name: str) -> int | None:
-    found = _origin(own, name)
-    if found is None or found.opcode != "get-tuple-element":
-        return None
-    return int(re.search(r"index=(\d+)", found.rest)[1])

@@ -11,6 +11,7 @@ import pytest
 BENCH = pathlib.Path(__file__).parents[3] / "bench"
 sys.path.append(str(BENCH))
 
+import hlo  # noqa: E402
 import schedule  # noqa: E402
 
 # A pipeline of 4 steps (6 turns), and in each a loop of 5 turns, which waits two cycles for a load.
@@ -187,13 +188,13 @@ def test_a_program_with_an_unknown_part_has_no_sum(tmp_path):
 
 def test_the_compilers_own_count_of_turns_comes_first():
     known = 'body=%body, backend_config={"known_trip_count":{"n":"5"},"known_init_step":{}}'
-    computations, entry = schedule.parse(HLO.replace("body=%body", known))
+    computations, entry = hlo.parse(HLO.replace("body=%body", known))
     loop = computations[entry]["loop"]
-    assert schedule.while_trips(computations, entry, loop) == 5
+    assert hlo.while_trips(computations, entry, loop) == 5
     for change in (("add(%old", "multiply(%old"), ("constant(9)", "parameter(1)")):
-        computations, entry = schedule.parse(HLO.replace(*change))
+        computations, entry = hlo.parse(HLO.replace(*change))
         loop = computations[entry]["loop"]
-        assert schedule.while_trips(computations, entry, loop) is None
+        assert hlo.while_trips(computations, entry, loop) is None
 
 
 TOY = """
