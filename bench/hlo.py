@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ def parse(hlo: str) -> tuple[Computations, str]:
     """The instructions of every computation, and the name of the entry."""
     computations: Computations = {}
     entry, body = "", None
-    for line in hlo.splitlines():
+    for line in _joined(hlo):
         head = _HEAD.match(line)
         if head:
             body = computations.setdefault(head[2], {})
@@ -50,6 +50,17 @@ def parse(hlo: str) -> tuple[Computations, str]:
             rest = f"={inner}{rest}"  # a constant's value, a parameter's number
         body[found[2]] = Instruction(found[2], kind, opcode, operands, rest, bool(found[1]))
     return computations, entry
+
+
+def _joined(hlo: str) -> list[str]:
+    """Lines, each with those that go on with it: a kernel's metadata has lines of its own."""
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if lines and line.startswith(('"', "}}")):
+            lines[-1] += line
+        else:
+            lines.append(line)
+    return lines
 
 
 def _type(text: str) -> tuple[str, str]:
@@ -106,8 +117,15 @@ def alike(computations: Computations, computation: str, instruction: Instruction
     return f"{instruction.type} {instruction.opcode} {operands} {rest}"
 
 
-def runs(computations: Computations, entry: str) -> dict[str, int | None]:
-    """How often the entry and the bodies of its loops run; None under a condition or a call."""
+def runs(
+    computations: Computations,
+    entry: str,
+    turns: Callable[[Instruction], int | None] = lambda loop: None,
+) -> dict[str, int | None]:
+    """How often the entry and the bodies of its loops run; None under a condition or a call.
+
+    ``turns`` says it of a ``while`` whose turns cannot be read.
+    """
     found: dict[str, int | None] = {entry: 1}
     todo = [entry]
     while todo:
@@ -115,6 +133,7 @@ def runs(computations: Computations, entry: str) -> dict[str, int | None]:
         for instruction in computations.get(name, {}).values():
             if instruction.opcode == "while":
                 trips = while_trips(computations, name, instruction)
+                trips = turns(instruction) if trips is None else trips
                 each = None if trips is None or found[name] is None else found[name] * trips
                 inner = [_called(instruction, "body"), _called(instruction, "condition")]
             elif instruction.opcode in ("conditional", "call"):
