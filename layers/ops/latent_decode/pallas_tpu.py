@@ -233,6 +233,8 @@ def latent_decode_pallas_tpu(
         ),
         interpret=interpret,
         name="latent_decode",
+        # For who reads the compiled program: the grid's length is an array.
+        metadata={"block": str(block), "splits": str(splits)},
     )(
         ends,
         alike,
