@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 BENCH = pathlib.Path(__file__).parents[3] / "bench"
@@ -14,6 +15,7 @@ sys.path.append(str(BENCH))
 import hlo  # noqa: E402
 import plan  # noqa: E402
 import schedule  # noqa: E402
+import workload  # noqa: E402
 
 # A pipeline of 4 steps (6 turns), and in each a loop of 5 turns, which waits two cycles for a load.
 # After a branch, two more bundles.
@@ -251,6 +253,74 @@ def test_the_compilers_own_count_of_turns_comes_first():
         computations, entry = hlo.parse(HLO.replace(*change))
         loop = computations[entry]["loop"]
         assert hlo.while_trips(computations, entry, loop) is None
+
+
+SIZES = np.asarray([5, 0, 27, 16, 1, 15])
+
+
+def kernel(rest, kind="bf16[64,32]{1,0}", name="gmm.1"):
+    shapes = "operand_layout_constraints={s32[6]{0}, bf16[64,48]{1,0}, bf16[6,48,32]{2,1,0}}"
+    rest = f'custom_call_target="tpu_custom_call", {shapes}, {rest}'
+    return hlo.Instruction(name, kind, "custom-call", (), rest, False)
+
+
+def planned(loops, arms=(), cores=1):
+    loops = tuple(schedule.Loop(i, i, None) for i in range(loops))
+    arms = tuple(schedule.Arm(0, 0, *arm) for arm in arms)
+    return schedule.Schedule(9, None, 9, None, None, {}, 0, 0, loops, arms, cores)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_visits_of_aligned_tiles_are_the_pairs_of_tile_and_group(empty):
+    owners = np.repeat(np.arange(len(SIZES)), SIZES)
+    for tile in (4, 16, 64):
+        pairs = len({(group, row // tile) for row, group in enumerate(owners)})
+        assert workload.aligned_visits(SIZES, tile, empty) == pairs + int(empty)
+
+
+def test_a_kernels_tiles_say_how_often_its_loops_turn():
+    assume = workload.grouped_product(SIZES)
+    own = kernel('frontend_attributes={ragged_dot_tiling="16,48,16"}')
+    visits = workload.aligned_visits(SIZES, 16, False)
+    assert assume(own, planned(1)).turns == (2 * visits,)
+    assert assume(own, planned(1, cores=2)).turns == (visits,)
+    assert "16 x 48 x 16" in assume(own, planned(1)).what
+    by_group = kernel('frontend_attributes={ragged_dot_tiling="16,24,32"}', "bf16[6,48,32]")
+    assert assume(by_group, planned(1)).turns == (2 * (visits + 1),)
+    # A sum in three parts: the last of them has more to do.
+    parts = kernel('xprof_metadata={"tile_m": 16, "tile_k": 16, "tile_n": 32}')
+    found = assume(parts, planned(1, [(8, 5), (8, 3)]))
+    assert (found.turns, found.arms) == ((3 * visits,), (visits, 2 * visits))
+    # What does not say, or does not fit, is left alone.
+    assert assume(kernel(""), planned(1)) is None
+    assert assume(own, planned(2)) is None
+    assert assume(own, None) is None
+
+
+def test_tiles_that_begin_with_a_group_count_in_buckets():
+    """Tiles of 16 rows, sublanes of 4: rows 0-4; 5-19, from 4 on; 20-31; 32-47; 48; 49-63."""
+    assert workload.own_visits(SIZES, 16, 4).tolist() == [5, 16, 12, 16, 1, 16]
+    tiles = '"dims.size_lhs_sublane":4, "tiles.bucket_base":8, "tiles.tile_k":48, "tiles.tile_m":16'
+    tiles += ', "tiles.tile_n":16'
+    arms = [(32, 1), (32, 2), (16, 1)]
+    found = workload.grouped_product(SIZES)(kernel(tiles), planned(3, arms))
+    assert found.turns == (6, 6, 12)
+    # Two visits of at most 8 rows, four of more, in two cases; each for both halves of the columns.
+    assert found.arms == (4, 4, 4)
+
+
+def test_full_caches_turn_over_all_their_blocks():
+    assume = workload.full_caches(4, 4096)
+    block = '"block":"512", "splits":"1"'
+    arms = [(8, 9), (8, 3)]
+    assert assume(kernel(block), planned(1, arms)).turns == (4 * 8,)
+    assert assume(kernel(block), planned(1, arms)).arms == (0, 4 * 8)
+    assert assume(kernel(block), planned(1, arms, cores=2)).turns == (2 * 8,)
+    # A last block that is not full, of rows in two halves.
+    found = workload.full_caches(3, 4000)(kernel('"block":"512", "splits":"2"'), planned(1, arms))
+    assert (found.turns, found.arms) == ((3 * 2 * 4,), (3, 3 * 2 * 4 - 3))
+    assert assume(kernel("a kernel that does not say"), planned(1)) is None
+    assert assume(kernel("a loop of XLA's form"), None).turns == (4096 // 512,)
 
 
 TOY = """
