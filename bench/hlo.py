@@ -33,7 +33,7 @@ def parse(hlo: str) -> tuple[Computations, str]:
     """The instructions of every computation, and the name of the entry."""
     computations: Computations = {}
     entry, body = "", None
-    for line in _joined(hlo):
+    for line in lines(hlo):
         head = _HEAD.match(line)
         if head:
             body = computations.setdefault(head[2], {})
@@ -52,15 +52,15 @@ def parse(hlo: str) -> tuple[Computations, str]:
     return computations, entry
 
 
-def _joined(hlo: str) -> list[str]:
-    """Lines, each with those that go on with it: a kernel's metadata has lines of its own."""
-    lines: list[str] = []
+def lines(hlo: str) -> list[str]:
+    """Its lines, each with those that go on with it: a kernel's metadata has lines of its own."""
+    joined: list[str] = []
     for line in hlo.splitlines():
-        if lines and line.startswith(('"', "}}")):
-            lines[-1] += line
+        if joined and line.startswith(('"', "}}")):
+            joined[-1] += line
         else:
-            lines.append(line)
-    return lines
+            joined.append(line)
+    return joined
 
 
 def _type(text: str) -> tuple[str, str]:
@@ -107,12 +107,12 @@ def alike(computations: Computations, computation: str, instruction: Instruction
     for name in re.findall(r"=%([^\s,]+)", rest):
         inner = computations.get(name, {})
         order = {x: f"#{n}" for n, x in enumerate(inner)}
-        lines = (
+        inside = (
             f"{i.type} {i.opcode} {[order.get(x) for x in i.operands]} "
             + re.sub(r"=%[^\s,]+", "", _NOT_WHAT_IT_DOES.sub("", i.rest))
             for i in inner.values()
         )
-        rest = rest.replace(f"=%{name}", "={" + "; ".join(lines) + "}")
+        rest = rest.replace(f"=%{name}", "={" + "; ".join(inside) + "}")
     operands = [own[x].type if x in own else "" for x in instruction.operands]
     return f"{instruction.type} {instruction.opcode} {operands} {rest}"
 
