@@ -131,6 +131,12 @@ def compiled(device, program, arrays, sizes, folder, assume) -> plan.Program:
             path.unlink()
 
 
+def packages() -> list[str]:
+    """What besides JAX makes the programs."""
+    others = any(form == "tokamax" or form.startswith("mosaic") for form in _FORMS.value)
+    return ["libtpu", *["tokamax"] * others]
+
+
 def is_kernel(use: plan.Use) -> bool:
     return use.instruction.opcode == "custom-call" and "tpu_custom_call" in use.instruction.rest
 
@@ -301,7 +307,7 @@ def main(argv):
         os.environ["LIBTPU_INIT_ARGS"] = f"{given} {schedule.arguments(folder)}".strip()
         device = absent_devices(_TOPOLOGY.value)[0]
         facts = report.facts(
-            libtpu=importlib.metadata.version("libtpu"),
+            **{name: importlib.metadata.version(name) for name in packages()},
             op=_OP.value,
             target=device.device_kind,
             shape=_SHAPE.value,

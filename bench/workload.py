@@ -27,6 +27,10 @@ def number(instruction: Instruction, name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def _on(cores: int) -> str:
+    return f"on {cores} core{'s' * (cores > 1)}"
+
+
 def full_caches(batch: int, slots: int) -> Assume:
     """Decoding with caches that are filled to the last slot."""
     what = f"full caches: {batch} x {slots} slots"
@@ -43,7 +47,8 @@ def full_caches(batch: int, slots: int) -> Assume:
         turns = rows * cdiv(cdiv(slots, block), splits)
         masked = cdiv(rows, splits) if slots % block else 0
         arms = _plainest(found.arms, turns - masked, masked)
-        return Assumed(f"{what}, {block} a turn", (turns,), arms)
+        cores = min(found.cores, batch * splits)
+        return Assumed(f"{what}, {block} a turn, {_on(cores)}", (turns,), arms)
 
     return assume
 
@@ -120,16 +125,17 @@ def grouped_product(sizes: np.ndarray) -> Assume:
         m, k, n = tile
         by_group = len(result) == 3  # a gradient of the weights: rows are what is summed over
         across = cdiv(result[-1], n)
-        # What cores share: columns, and of tokamax's second gradient also what it sums no more.
-        columns = cdiv(across, found.cores) * cdiv(depth, k)
-        said = f"{what}, tiles of {m} x {k} x {n}"
+        # Cores share the columns, and one has none if there is one tile of them.
+        cores = min(found.cores, across)
+        columns = cdiv(across, cores) * cdiv(depth, k)
+        said = f"{what}, tiles of {m} x {k} x {n}, {_on(cores)}"
         if own is None:
             if len(found.unknown) != 1:
                 return None
             visits = aligned_visits(sizes, m, empty=by_group)
             arms = None
             if len(found.arms) == 2:  # the last tile that is summed over, and those before
-                last = visits * cdiv(across, found.cores)
+                last = visits * cdiv(across, cores)
                 rest = visits * columns - last
                 arms = _plainest(found.arms, rest, last)
             return Assumed(f"{said}, {visits} visits", (visits * columns,), arms)
