@@ -39,7 +39,7 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
-import kda_problem
+import problems
 import report
 from absl import app, flags
 
@@ -68,12 +68,12 @@ _OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JS
 
 def inputs(length: int, s: KdaShape | None = None):
     """Of the shape of the flags, or of another."""
-    return kda_problem.inputs(s or SHAPES[_SHAPE.value], _BATCH.value, length, _DTYPE.value)
+    return problems.kda_inputs(s or SHAPES[_SHAPE.value], _BATCH.value, length, _DTYPE.value)
 
 
 def programs(implementation: str, segment_ids=None):
     """The two passes as functions of the inputs."""
-    return kda_problem.programs(implementation, _CHUNK.value, segment_ids)
+    return problems.kda_passes(implementation, _CHUNK.value, segment_ids)
 
 
 def compile_ahead(facts):

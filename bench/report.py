@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import hlo
 import jax
 import numpy as np
 
@@ -105,7 +106,7 @@ def billions(value: float | None, digits: int) -> str:
 
 def vmem_bytes(compiled) -> list[int]:
     """Bytes of VMEM that each Pallas kernel of a program compiled for TPU takes."""
-    kernels = [line for line in compiled.as_text().splitlines() if '"tpu_custom_call"' in line]
+    kernels = [x for x in hlo.lines(compiled.as_text()) if '"tpu_custom_call"' in x]
     return [int(found[1]) for found in map(_VMEM.search, kernels) if found]
 
 

@@ -1,7 +1,7 @@
 """Reads the static schedules that libtpu writes when it compiles for a TPU, present or absent.
 
 Set ``LIBTPU_INIT_ARGS`` to :func:`arguments` before libtpu is loaded, compile, and give the folder
-and the text of the optimised program to :func:`program`. Of every kernel and fusion libtpu writes
+and the text of the optimised program to ``plan.py``. Of every kernel and fusion libtpu writes
 the bundles of its VLIW code, one a cycle of the in-order core, and the slots that each bundle
 takes. Here the bundles are counted, each as often as the loops around it turn.
 
@@ -15,6 +15,9 @@ semaphores that wait for them, conflicts of VMEM's banks, instructions to be fet
 condition counts as if it always ran: a first step's initialisation counts in every step. The turns
 in which a pipeline only fills or drains do not count, nor does what the top level does between
 kernels.
+
+A loop may turn as often as values say: over the groups of a product, or the filled blocks of a
+cache. A caller who knows the values gives :class:`Assumed`; without it such a kernel has no sum.
 """
 
 from __future__ import annotations
@@ -23,10 +26,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Mapping
 
-# An instruction that a SparseCore carries out, while the TensorCore goes on.
-_SPARSE = 'async_execution_thread="sparsecore"'
 _BUNDLES, _SLOTS = "packed-bundles-post-ra", "pre-delay_hlo-static-per-bundle-utilization"
 _FILE = re.compile(rf"\d+-(.+)-\d+-({_BUNDLES}|{_SLOTS})\.txt")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
@@ -35,6 +35,7 @@ _END = re.compile(r"End region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel[^;}]*target bundleno = (\d+)")
 _EXIT = re.compile(r"= scmp\.ge\S* %(\w+), (\d+) /\* loop exit test")
 _COMPARE = re.compile(r"%(\w+) = scmp\.(ge|lt)\.s32\S* %(\w+), (\d+)")
+_CORE = re.compile(r"%(\w+) = sld [^;}]*/\* megacore core id")
 _STAGE = re.compile(r"iteration index, stage = (\d+)")
 # After a branch the core still runs a few bundles: 4 on v5, 6 on TPU7x.
 _MOST_DELAY = 8
@@ -62,13 +63,42 @@ class Loop:
 
 
 @dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way through a turn: code under a condition, with products and no condition around some.
+
+    ``mxu`` and ``valu`` are the slots it takes of these units, by which arms can be told apart.
+    """
+
+    first: int
+    last: int
+    mxu: int
+    valu: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumed:
+    """What a workload says of the loops that turn as often as values say.
+
+    ``what`` is the statement in words; ``turns`` are those of each such loop while the kernel runs
+    once, in the order of the code; ``arms`` how often each arm runs, None where every turn runs
+    them all.
+    """
+
+    what: str
+    turns: tuple[int, ...]
+    arms: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """What the compiler scheduled for one kernel or fusion.
 
-    ``cycles`` is None where a loop's number of turns is not a constant; ``at_least`` is what it is
-    when such loops turn once. The other fields are of the grid loop, the outermost one that takes
-    most cycles, or of all the code where there is none: cycles of a turn and turns, the share of
-    its slots that each unit uses, and vector registers spilled and filled a turn.
+    ``cycles`` is None where a loop's number of turns is neither a constant nor assumed;
+    ``at_least`` is what it is when such loops turn once. ``unknown`` are the loops that are no
+    constants, ``arms`` those in them; ``cores`` how many share the turns. The other fields are of
+    the grid loop, the outermost one that takes most cycles, or of all the code where there is none:
+    cycles of a turn and turns, the share of its slots that each unit uses, and vector registers
+    spilled and filled a turn.
     """
 
     bundles: int
@@ -79,6 +109,9 @@ class Schedule:
     share: dict[str, float]
     spills: int
     fills: int
+    unknown: tuple[Loop, ...] = ()
+    arms: tuple[Arm, ...] = ()
+    cores: int = 1
 
 
 def loops(bundles: str) -> tuple[int, list[Loop]]:
@@ -174,7 +207,7 @@ class _Names:
         return name
 
 
-def schedule(bundles: str, utilization: str) -> Schedule:
+def schedule(bundles: str, utilization: str, assumed: Assumed | None = None) -> Schedule:
     """Reads the two files of one kernel."""
     count, found = loops(bundles)
     _, units, capacity, _, *rows = utilization.splitlines()
@@ -182,35 +215,86 @@ def schedule(bundles: str, utilization: str) -> Schedule:
     rows = [[int(x) for x in row.split()] for row in rows if row.strip()]
     if len(rows) != count:
         raise ValueError(f"{count} bundles, but slots of {len(rows)}: not of one kernel")
+    unknown = tuple(sorted((a for a in found if a.trips is None), key=lambda a: (a.first, -a.last)))
+    arms = _arms(bundles, unknown, rows, units)
     weight = [1] * count
-    for loop in found:
+    for loop in sorted(found, key=lambda a: a.first - a.last):
+        # Turns that are assumed are those of all the turns around it.
+        turns = dict(zip(unknown, assumed.turns, strict=True)).get(loop) if assumed else None
         for i in range(loop.first, loop.last + 1):
-            weight[i] *= loop.trips or 1
-    unknown = [loop for loop in found if loop.trips is None]
+            weight[i] = turns if turns is not None else weight[i] * (loop.trips or 1)
+    for arm, often in zip(arms, (assumed and assumed.arms) or (None,) * len(arms), strict=True):
+        (around,) = {weight[arm.first], weight[arm.last]}
+        for i in range(arm.first, arm.last + 1) if often is not None else ():
+            weight[i] *= often / around
     outer = [a for a in found if not any(b != a and a.inside(b) for b in found)]
 
     def cycles(loop):
         return sum(weight[loop.first : loop.last + 1])
 
     grid = max(outer, key=cycles, default=Loop(0, count - 1, 1))
-    turns, span = grid.trips or 1, range(grid.first, grid.last + 1)
+    trips = weight[grid.first] if assumed else grid.trips
+    turns, span = trips or 1, range(grid.first, grid.last + 1)
     total = cycles(grid)
     used = {u: sum(weight[i] * rows[i][k] for i in span) for k, u in enumerate(units)}
     share = {u: used[u] / (c * total) for u, c in zip(units, capacity, strict=True) if ":" not in u}
+    unsure = [] if assumed else unknown
     return Schedule(
         bundles=count,
-        cycles=None if unknown else sum(weight),
-        at_least=sum(weight),
-        body=None if any(loop.first in span for loop in unknown) else round(total / turns),
-        trips=grid.trips,
+        cycles=None if unsure else round(sum(weight)),
+        at_least=round(sum(weight)),
+        body=None if any(loop.first in span for loop in unsure) else round(total / turns),
+        trips=trips,
         share={u: round(x, 4) for u, x in share.items()},
         spills=round(used["VSTORE:SPILL"] / turns),
         fills=round(used["VLOAD:FILL"] / turns),
+        unknown=unknown,
+        arms=arms,
+        cores=_cores(bundles, count),
     )
 
 
-def read(folder: str | pathlib.Path) -> tuple[dict[str, Schedule], list[str]]:
-    """Every schedule of a folder by its HLO instruction, and what the top level calls."""
+def _branches(bundles: str) -> list[tuple[int, str, int]]:
+    """Address, predicate and target of every branch."""
+    address, found = -1, []
+    for line in bundles.splitlines():
+        head = _BUNDLE.match(line)
+        address = int(head[1], 16) if head else address
+        for predicate, target in re.findall(r"sbr\.rel \(!?%(\w+)\) target bundleno = (\d+)", line):
+            found.append((address, predicate, int(target)))
+    return found
+
+
+def _arms(bundles: str, unknown: tuple[Loop, ...], rows: list, units: list) -> tuple[Arm, ...]:
+    """What a branch inside one of the loops may leave out, of what takes slots of the MXU."""
+    mxu, valu = units.index("MXU"), units.index("VALU")
+
+    def used(span, unit):
+        return sum(rows[i][unit] for i in range(span[0], span[1] + 1))
+
+    spans = {
+        (at + 1, target - 1)
+        for at, _, target in _branches(bundles)
+        if any(loop.first <= at < target <= loop.last for loop in unknown)
+    }
+    spans = sorted(span for span in spans if used(span, mxu))
+    return tuple(
+        Arm(*span, used(span, mxu), used(span, valu))
+        for span in spans
+        if not any(other != span and span[0] <= other[0] and other[1] <= span[1] for other in spans)
+    )
+
+
+def _cores(bundles: str, count: int) -> int:
+    """2 where the kernel asks which core of two it is on, and does not end if it is the second."""
+    names = _CORE.findall(bundles)
+    ends = {p for _, p, target in _branches(bundles) if target >= count - _MOST_DELAY}
+    idle = (re.search(rf"%({'|'.join(ends)}) = scmp\.ne\S* %{n}, 0", bundles) for n in names)
+    return 2 if names and not (ends and any(idle)) else 1
+
+
+def read(folder: str | pathlib.Path) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """The two files of a folder by their HLO instruction, and what the top level calls."""
     files: dict[str, dict[str, pathlib.Path]] = {}
     for path in pathlib.Path(folder).iterdir():
         found = _FILE.fullmatch(path.name)
@@ -218,253 +302,9 @@ def read(folder: str | pathlib.Path) -> tuple[dict[str, Schedule], list[str]]:
             files.setdefault(found[1], {})[found[2]] = path
     top = files.pop("TLP", {}).get(_BUNDLES)
     calls = [] if top is None else re.findall(r"inlined_call [^;}]*/\* %(\S+) = ", top.read_text())
-    schedules = {
-        name: schedule(pair[_BUNDLES].read_text(), pair[_SLOTS].read_text())
+    texts = {
+        name: (pair[_BUNDLES].read_text(), pair[_SLOTS].read_text())
         for name, pair in files.items()
         if len(pair) == 2 and not name.startswith("<")
     }
-    return schedules, calls
-
-
-# The program ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a program's HLO text."""
-
-    name: str
-    type: str
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str
-    root: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """A kernel or fusion of a program: how often it runs (None: not known), and its schedule."""
-
-    instruction: Instruction
-    runs: int | None
-    schedule: Schedule | None
-    hbm_bytes: int
-
-    @property
-    def cycles(self) -> int | None:
-        """Of all its runs."""
-        if self.runs is None or self.schedule is None or self.schedule.cycles is None:
-            return None
-        return self.runs * self.schedule.cycles
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What runs on the TensorCore, the names of what SparseCores do beside it, bytes in and out."""
-
-    uses: tuple[Use, ...]
-    elsewhere: tuple[str, ...]
-    hbm_bytes: int
-
-    @property
-    def cycles(self) -> int | None:
-        """The sum; None where a part of it is not known."""
-        parts = [use.cycles for use in self.uses]
-        return None if None in parts else sum(parts)
-
-    @property
-    def at_least(self) -> int:
-        """The sum, with once for every number of turns or runs that is not known."""
-        return sum((u.runs or 1) * u.schedule.at_least for u in self.uses if u.schedule)
-
-    @property
-    def unknown(self) -> list[str]:
-        """Names of the parts that are not known."""
-        return [use.instruction.name for use in self.uses if use.cycles is None]
-
-
-def program(hlo: str, folder: str | pathlib.Path) -> Program:
-    """Joins the optimised program (``compiled.as_text()``) with the schedules of its parts.
-
-    Instructions that do the same are compiled once; the others take the schedule of the one that
-    was. A part in a ``while`` loop runs as often as the loop turns, if that can be read.
-    """
-    schedules, calls = read(folder)
-    computations, entry = parse(hlo)
-    runs = _runs(computations, entry)
-    where = {i.name: (c, i) for c, body in computations.items() for i in body.values()}
-    twins = {_alike(computations, *where[name]): name for name in schedules if name in where}
-    uses = []
-    for name in calls:
-        if name not in where:
-            raise ValueError(f"{name} is called and not in the program: another program's folder")
-        computation, instruction = where[name]
-        same = name if name in schedules else twins.get(_alike(computations, *where[name]))
-        own = computations[computation]
-        types = [own[x].type for x in instruction.operands if x in own]
-        size = sum(map(hbm_bytes, [instruction.type, *types]))
-        uses.append(Use(instruction, runs.get(computation), schedules.get(same), size))
-    elsewhere = (
-        i.name
-        for c, i in where.values()
-        if c in runs and _SPARSE in i.rest and "-start" in i.opcode
-    )
-    ends = (i.type for i in computations[entry].values() if i.root or i.opcode == "parameter")
-    return Program(tuple(uses), tuple(elsewhere), sum(map(hbm_bytes, ends)))
-
-
-_HEAD = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
-_LINE = re.compile(r"^  (ROOT )?%(\S+) = ")
-_ARRAY = re.compile(r"\b([a-z]+\d*)[a-z0-9]*\[([\d,]*)\](\{[^{}]*\})?")
-Computations = dict[str, dict[str, Instruction]]
-
-
-def parse(hlo: str) -> tuple[Computations, str]:
-    """The instructions of every computation, and the name of the entry."""
-    computations: Computations = {}
-    entry, body = "", None
-    for line in hlo.splitlines():
-        head = _HEAD.match(line)
-        if head:
-            body = computations.setdefault(head[2], {})
-            entry = head[2] if head[1] else entry
-            continue
-        found = _LINE.match(line)
-        if found is None or body is None:
-            continue
-        kind, rest = _type(line[found.end() :])
-        opcode, _, rest = rest.lstrip().partition("(")
-        inner, rest = _until_closed(rest)
-        operands = tuple(re.findall(r"%([^\s,()]+)", inner))
-        if not operands and inner:
-            rest = f"={inner}{rest}"  # a constant's value, a parameter's number
-        body[found[2]] = Instruction(found[2], kind, opcode, operands, rest, bool(found[1]))
-    return computations, entry
-
-
-def _type(text: str) -> tuple[str, str]:
-    if not text.startswith("("):
-        kind, _, rest = text.partition(" ")
-        return kind, rest
-    inner, rest = _until_closed(text[1:])
-    return f"({inner})", rest
-
-
-def _until_closed(text: str) -> tuple[str, str]:
-    """What is before the parenthesis that closes, and what is after."""
-    depth = 1
-    for i, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return text[:i], text[i + 1 :]
-    return text, ""
-
-
-def hbm_bytes(kind: str) -> int:
-    """Bytes of the arrays of an HLO type that are not in an on-chip memory (``S(1)``, ...)."""
-    total = 0
-    for dtype, shape, layout in _ARRAY.findall(kind):
-        if "S(" in layout:
-            continue
-        bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype) or 32)
-        total += math.prod(int(x) for x in shape.split(",") if x) * bits // 8
-    return total
-
-
-def _called(instruction: Instruction, attribute: str) -> str | None:
-    found = re.search(rf"\b{attribute}=%([^\s,]+)", instruction.rest)
-    return found and found[1]
-
-
-_NOT_WHAT_IT_DOES = re.compile(r",? *\b(metadata|frontend_attributes|sharding|backend_config)=.*")
-
-
-def _alike(computations: Computations, computation: str, instruction: Instruction) -> str:
-    """A text that is the same for instructions that do the same: without names and metadata."""
-    own = computations[computation]
-    rest = _NOT_WHAT_IT_DOES.sub("", instruction.rest)
-    for name in re.findall(r"=%([^\s,]+)", rest):
-        inner = computations.get(name, {})
-        order = {x: f"#{n}" for n, x in enumerate(inner)}
-        lines = (
-            f"{i.type} {i.opcode} {[order.get(x) for x in i.operands]} "
-            + re.sub(r"=%[^\s,]+", "", _NOT_WHAT_IT_DOES.sub("", i.rest))
-            for i in inner.values()
-        )
-        rest = rest.replace(f"=%{name}", "={" + "; ".join(lines) + "}")
-    operands = [own[x].type if x in own else "" for x in instruction.operands]
-    return f"{instruction.type} {instruction.opcode} {operands} {rest}"
-
-
-def _runs(computations: Computations, entry: str) -> dict[str, int | None]:
-    """How often the entry and the bodies of its loops run; None under a condition or a call."""
-    runs: dict[str, int | None] = {entry: 1}
-    todo = [entry]
-    while todo:
-        name = todo.pop()
-        for instruction in computations.get(name, {}).values():
-            if instruction.opcode == "while":
-                trips = while_trips(computations, name, instruction)
-                each = None if trips is None or runs[name] is None else runs[name] * trips
-                inner = [_called(instruction, "body"), _called(instruction, "condition")]
-            elif instruction.opcode in ("conditional", "call"):
-                each, inner = None, re.findall(r"%([^\s,{}]+)", instruction.rest)
-            else:
-                continue
-            for computation in inner:
-                if computation and computation not in runs:
-                    runs[computation] = each
-                    todo.append(computation)
-    return runs
-
-
-def while_trips(computations: Mapping, computation: str, loop: Instruction) -> int | None:
-    """Turns of a ``while``: as the compiler knows them, or read from its counter; or None.
-
-    Read, where the condition is ``counter < constant`` and the counter an element of the loop's
-    state that starts at a constant and to which the body adds one.
-    """
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
-    if known:
-        return int(known[1])
-    own = computations[computation]
-    condition = computations.get(_called(loop, "condition"), {})
-    body = computations.get(_called(loop, "body"), {})
-    root = next((i for i in condition.values() if i.root), None)
-    if root is None or root.opcode != "compare" or "direction=LT" not in root.rest:
-        return None
-    index, limit = _element(condition, root.operands[0]), _constant(condition, root.operands[1])
-    start = own.get(loop.operands[0])
-    end = next((i for i in body.values() if i.root), None)
-    if index is None or limit is None or start is None or end is None:
-        return None
-    if start.opcode != "tuple" or end.opcode != "tuple":
-        return None
-    first, last = _constant(own, start.operands[index]), _origin(body, end.operands[index])
-    if first is None or last is None or last.opcode != "add":
-        return None
-    step = _constant(body, last.operands[1])
-    if _element(body, last.operands[0]) != index or not step:
-        return None
-    return max(0, math.ceil((limit - first) / step))
-
-
-def _origin(own: Mapping[str, Instruction], name: str) -> Instruction | None:
-    """What is copied, of a copy."""
-    found = own.get(name)
-    while found is not None and found.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
-        found = own.get(found.operands[0])
-    return found
-
-
-def _constant(own: Mapping[str, Instruction], name: str) -> int | None:
-    found = _origin(own, name)
-    value = found and found.opcode == "constant" and re.match(r"=(-?\d+)", found.rest)
-    return int(value[1]) if value else None
-
-
-def _element(own: Mapping[str, Instruction], name: str) -> int | None:
-    found = _origin(own, name)
-    if found is None or found.opcode != "get-tuple-element":
-        return None
-    return int(re.search(r"index=(\d+)", found.rest)[1])
+    return texts, calls

@@ -1,10 +1,16 @@
-"""KDA on a TPU that is not there: cycles of its programs, by the compiler's own schedule.
+"""An operator on a TPU that is not there: cycles of its programs, by the compiler's own schedule.
 
-    python bench/tpu_schedule.py --topology=tpu7x:2x2x1 --shape=kimi_48b --length=8192 \
+    python bench/tpu_schedule.py --op=kda --topology=tpu7x:2x2x1 --shape=kimi_48b --length=8192 \
         --dtype=bfloat16 --implementations=pallas_tpu,xla,tokamax --chunk_sizes=32,64,128 \
         --heads=4,8,16 --tasks=4,8 --output=bench/results/kda_tpu_schedule.jsonl
+    python bench/tpu_schedule.py --op=latent_decode --topology=tpu7x:2x2x1 --batch=8 \
+        --length=32768 --dtype=bfloat16 --implementations=pallas_tpu,xla \
+        --output=bench/results/latent_decode_tpu_schedule.jsonl
+    python bench/tpu_schedule.py --op=grouped_matmul --topology=tpu7x:2x2x1 --dtype=bfloat16 \
+        --implementations=xla,ragged_dot,mosaic_tpu,mosaic_tpu_v2 \
+        --output=bench/results/grouped_matmul_tpu_schedule.jsonl
 
-compiles the two passes for a chip of that kind (libtpu is needed, a TPU is not), and counts the
+compiles the passes for a chip of that kind (libtpu is needed, a TPU is not), and counts the
 bundles of VLIW code of every kernel and of every copy and fusion around them, each as often as
 the loops around it turn: a TensorCore runs its bundles in order, one a cycle. See `schedule.py`.
 
@@ -18,52 +24,60 @@ TPU7x (libtpu 0.0.42 and 0.0.50).
 What it is not: a time. Nothing was run. Waiting for HBM is not in it, nor are conflicts of VMEM's
 banks or whatever else the scheduler cannot know. So a kernel whose bytes take longer than its
 cycles is slower than it looks. tokamax's times for a TPU7x, as published, are 1.6 (forward) and 1.7
-(both passes) times the plan of its kernels. What a SparseCore does meanwhile (on TPU7x, some
+(both passes) times the plan of its KDA kernels. What a SparseCore does meanwhile (on TPU7x, some
 changes of layout) is named and not counted. Code under a condition counts as always run. Compare
 two kernels under one compiler and for one chip only.
 
-Where a loop turns as often as values say, cycles are null and `at_least_cycles` counts it once; in
-XLA's form, copies of windows that do not divide their array have such loops.
+A loop may turn as often as values say: over the blocks of a cache, or the groups of a product and
+their tiles. The problem says of what it knows, how often in the workload that it stands for, and
+which of the alternatives with products a turn takes (`workload.py`); the row repeats that as
+`assumed_turns`. Caches are full; rows of a grouped product are drawn among the groups at random,
+and tiles are those that the kernels say they have. Elsewhere, as in XLA's copies of windows that do
+not divide their array, cycles are null and `at_least_cycles` counts such a loop once.
 
 The time that the bytes take is that of a program's inputs and outputs, once, at the data sheet's
-bandwidth; of a kernel or fusion, its operands and results in HBM, once, and the sum of these is the
-time of the parts' bytes (null where parts are in a loop: they may read slices). On v5p the two
-cores of a chip share a kernel's grid; cycles are of one.
+bandwidth; of a kernel or fusion, its operands and results in HBM, once (`stated_hbm_s`: what a
+kernel says it moves), and the sum of these is the time of the parts' bytes (null where parts are in
+a loop: they may read slices). On v5p the two cores of a chip share a kernel's grid, if it lets
+them; cycles are of the busier one.
 
     python bench/tpu_schedule.py --topology=v5e:2x2 --shape=kimi_48b --dtype=bfloat16 \
         --implementations=pallas_tpu --chunk_sizes=32,64,128 --heads=4,8,16 --tasks=4,8 --tune
 
-keeps the sizes of least cycles, forward and backward, for `implementation="pallas_tpu"` on chips of
-that kind in `layers/ops/tuning.json`, unless sizes are there that were timed; `--dry_run` prints
-them only. The table says that they are by schedule, and they make no implementation a default.
+keeps the sizes of least cycles of KDA, forward and backward, for `implementation="pallas_tpu"` on
+chips of that kind in `layers/ops/tuning.json`, unless sizes are there that were timed; `--dry_run`
+prints them only. The table says that they are by schedule, and they make no implementation a
+default.
 
-tokamax needs Python 3.12, and the bounded gate.
+tokamax needs Python 3.12, and of KDA the bounded gate. `mosaic_tpu` and `mosaic_tpu_v2` are its
+grouped products by name; `ragged_dot` is XLA's, with results in the dtype of the operands.
 """
 
-import functools
 import importlib.metadata
 import itertools
 import os
 import pathlib
+import re
 import tempfile
 
 import jax
-import kda_problem
+import plan
 import report
 import schedule
 from absl import app, flags
+from problems import PROBLEMS
 
 from jaxalope.layers.ops import tuning
-from jaxalope.layers.ops.kda.shapes import SHAPES, shape_class
 from jaxalope.sharding import absent_devices
 
 _TOPOLOGY = flags.DEFINE_string("topology", "tpu7x:2x2x1", "The kind of chip: v5e:2x2, v6e:2x2.")
-_SHAPE = flags.DEFINE_enum("shape", "kimi_48b", sorted(SHAPES), "Heads and widths.")
+_OP = flags.DEFINE_enum("op", "kda", sorted(PROBLEMS), "The operator.")
+_SHAPE = flags.DEFINE_string("shape", "kimi_48b", "A named shape; of the loss, VOCABxWIDTH.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Rows.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 8192, "T.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of q, k and v.")
+_LENGTH = flags.DEFINE_integer("length", 8192, "Tokens, or slots of a cache.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations.")
 _FORMS = flags.DEFINE_list("implementations", ["pallas_tpu"], "To compile.")
-_CHUNKS = flags.DEFINE_list("chunk_sizes", ["64"], "Tokens a chunk; tokamax has its own.")
+_CHUNKS = flags.DEFINE_list("chunk_sizes", ["64"], "Tokens a chunk, of KDA; tokamax has its own.")
 _HEADS = flags.DEFINE_list("heads", [], "Heads a grid step, of pallas_tpu; none: its default.")
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks a grid step, of pallas_tpu; none: its default.")
 _CLOCK = flags.DEFINE_float("clock_ghz", None, "Of the TensorCore; None is what is assumed here.")
@@ -77,15 +91,17 @@ _OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JS
 # 918e12 / (2 MXUs x 256 x 256 x 2 x 2); TPU7x: 2307e12 / (2 cores x the same). The last factor 2 of
 # v6e and TPU7x is inferred: schedules of large products need more than one 256-wide row a cycle.
 CLOCK = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9, "TPU7x": 2.2e9}
+# bfloat16 FLOP/s of one JAX device, of the same sheets: of a v5p both cores, of a TPU7x one.
+PEAK = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 2307e12 / 2}
 
 # Seconds that tokamax's authors publish for its kernels, with the bounded gate, by what runs.
 PUBLISHED = {
-    ("TPU7x", "tokamax", "kimi_48b", 1, 8192, "bfloat16", "forward"): 1.78e-3,
-    ("TPU7x", "tokamax", "kimi_48b", 1, 8192, "bfloat16", "forward+backward"): 4.59e-3,
+    ("kda", "TPU7x", "tokamax", "kimi_48b", 1, 8192, "bfloat16", "forward"): 1.78e-3,
+    ("kda", "TPU7x", "tokamax", "kimi_48b", 1, 8192, "bfloat16", "forward+backward"): 4.59e-3,
 }
 SIZES = ("chunk_size", "heads", "tasks")
 UNITS = ("MXU", "VALU", "XLU", "EUP", "VLOAD", "VSTORE")
-_BYTES = ("hbm_s", "parts_hbm_s")
+_BYTES, _KNOWN = ("hbm_s", "parts_hbm_s"), ("flops_s", "published_s")
 _BOTH = "forward+backward"
 _NAME = 24  # characters of a kernel's name, in the table
 
@@ -93,6 +109,9 @@ _NAME = 24  # characters of a kernel's name, in the table
 def candidates():
     """Implementation and sizes: chunk, heads and tasks a grid step (None where it chooses)."""
     for form in _FORMS.value:
+        if _OP.value != "kda":
+            yield form, dict.fromkeys(SIZES)
+            continue
         chunks = [64] if form == "tokamax" else [int(c) for c in _CHUNKS.value]
         own = form == "pallas_tpu"
         more = ([int(x) for x in flag.value if own] or [None] for flag in (_HEADS, _TASKS))
@@ -100,27 +119,36 @@ def candidates():
             yield form, dict(zip(SIZES, sizes, strict=True))
 
 
-def compiled(device, program, arrays, sizes, folder) -> schedule.Program:
+def compiled(device, program, arrays, sizes, folder, assume) -> plan.Program:
     """The schedule of a program for that device. Leaves the folder empty."""
     chosen = {name: sizes[name] for name in SIZES[1:] if sizes[name] is not None}
     try:
-        with tuning.trying("kda", **chosen):
+        with tuning.trying(_OP.value, **chosen):
             text = report.compile_for(device, program, *arrays).as_text()
-        return schedule.program(text, folder)
+        return plan.program(text, folder, **({"assume": assume} if assume else {}))
     finally:
         for path in folder.iterdir():
             path.unlink()
 
 
-def is_kernel(use: schedule.Use) -> bool:
+def packages() -> list[str]:
+    """What besides JAX makes the programs."""
+    others = any(form == "tokamax" or form.startswith("mosaic") for form in _FORMS.value)
+    return ["libtpu", *["tokamax"] * others]
+
+
+def is_kernel(use: plan.Use) -> bool:
     return use.instruction.opcode == "custom-call" and "tpu_custom_call" in use.instruction.rest
 
 
-def part(use: schedule.Use, clock: float, bandwidth: float) -> dict:
+def part(use: plan.Use, clock: float, bandwidth: float) -> dict:
     """A kernel's or a fusion's share of a row."""
     s = use.schedule
     row = {"name": use.instruction.name, "pallas": is_kernel(use), "runs": use.runs}
     row |= {"cycles": use.cycles, "hbm_s": use.hbm_bytes / bandwidth}
+    stated = re.search(r'"bytes_accessed":"(\d+)"', use.instruction.rest)
+    if is_kernel(use) and stated:
+        row["stated_hbm_s"] = int(stated[1]) / bandwidth
     if s is not None:
         row |= {"body_cycles": s.body, "grid_steps": s.trips, "share": s.share}
         row |= {"spills": s.spills, "fills": s.fills, "at_least_cycles": s.at_least}
@@ -129,31 +157,30 @@ def part(use: schedule.Use, clock: float, bandwidth: float) -> dict:
 
 def measure(facts: dict, device, folder: pathlib.Path) -> list[dict]:
     """Compiles and prints every candidate; the rows."""
-    s, rows = SHAPES[_SHAPE.value], []
+    rows = []
+    problem = PROBLEMS[_OP.value](_SHAPE.value, _BATCH.value, _LENGTH.value, _DTYPE.value)
     clock = _CLOCK.value * 1e9 if _CLOCK.value else CLOCK[device.device_kind]
     bandwidth = report.bandwidth(device)
-    arrays = jax.eval_shape(
-        functools.partial(kda_problem.inputs, s, _BATCH.value, _LENGTH.value, _DTYPE.value)
-    )
-    chunks_of_64 = _BATCH.value * _LENGTH.value / 64 * s.num_value_heads
+    arrays = jax.eval_shape(problem.pass_inputs)
+    chunks_of_64 = _BATCH.value * _LENGTH.value / 64 * problem.heads or None
     for form, sizes in candidates():
-        for name, run in kda_problem.programs(form, sizes["chunk_size"]).items():
+        for name, run in problem.passes(form, sizes["chunk_size"]).items():
             what = {"pass": name, "form": form, **sizes}
             try:
-                found = compiled(device, run, arrays, sizes, folder)
+                found = compiled(device, run, arrays, sizes, folder, problem.assume)
             except Exception as error:  # A compiler's refusal has many classes: it is a result.
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 print(f"left out: {what} ({why})", flush=True)
                 rows.append(facts | what | {"error": str(error)[:500]})
                 continue
-            cycles = found.cycles
-            where = (device.device_kind, form, _SHAPE.value, _BATCH.value, _LENGTH.value)
+            cycles, flops = found.cycles, problem.flops.get(name)
+            where = (_OP.value, device.device_kind, form, _SHAPE.value, _BATCH.value, _LENGTH.value)
             row = what | {
                 "cycles": cycles,
                 "at_least_cycles": found.at_least,
                 "unknown": found.unknown,
                 "kernel_cycles": sum(u.cycles or 0 for u in found.uses if is_kernel(u)),
-                "cycles_per_64_tokens": cycles and cycles / chunks_of_64,
+                "cycles_per_64_tokens": cycles and chunks_of_64 and cycles / chunks_of_64,
                 "seconds": cycles and cycles / clock,
                 "hbm_s": found.hbm_bytes / bandwidth,
                 # In a loop, a fusion may read a slice of its operand only.
@@ -166,6 +193,10 @@ def measure(facts: dict, device, folder: pathlib.Path) -> list[dict]:
                 "on_sparse_core": list(found.elsewhere),
                 "parts": [part(use, clock, bandwidth) for use in found.uses],
             }
+            if found.assumed:
+                row["assumed_turns"] = list(found.assumed)
+            if flops:
+                row["flops_s"] = flops / PEAK[device.device_kind]
             rows.append(facts | row)
             print(f"compiled {what}", flush=True)
     return rows
@@ -210,7 +241,7 @@ def show(rows: list[dict]):
                 thousands(row),
                 f"{row['kernel_cycles'] / 1e3:,.0f}",
                 "-" if per is None else f"{per:,.0f}",
-                *(milliseconds(row[key]) for key in ("seconds", *_BYTES, "published_s")),
+                *(milliseconds(row.get(key)) for key in ("seconds", *_BYTES, *_KNOWN)),
                 len(row["on_sparse_core"]),
             )
         )
@@ -225,15 +256,18 @@ def show(rows: list[dict]):
     print(
         "Sizes: chunk/heads/tasks. kc: thousands of cycles, then those in kernels; per 64: cycles\n"
         "for 64 tokens of a head; ms: of all cycles, of the program's bytes, of its parts' bytes,\n"
-        "as published; SC: parts on a SparseCore. Of the kernels: cycles of a grid step, and % of\n"
-        f"the slots of {' '.join(UNITS)}; registers spilled and filled a step.\n"
+        "of its products at the data sheet's FLOP/s, as published; SC: parts on a SparseCore. Of\n"
+        f"the kernels: cycles of a grid step, and % of the slots of {' '.join(UNITS)};\n"
+        "registers spilled and filled a step.\n"
     )
     what = ("form", "pass", "sizes")
-    times = ("ms", "bytes", "parts", "published")
+    times = ("ms", "bytes", "parts", "FLOPs", "published")
     print(report.table((*what, "kc", "kernels", "per 64", *times, "SC"), programs))
     print()
     headers = (*what, "kernel", "runs", "a step", "steps", "kc", "ms", "bytes")
     print(report.table((*headers, "% of units", "spills fills"), kernels))
+    for said in dict.fromkeys(said for row in rows for said in row.get("assumed_turns", [])):
+        print(f"\nassumed: {said}")
 
 
 def tune(rows: list[dict], kind: str, facts: dict):
@@ -245,11 +279,12 @@ def tune(rows: list[dict], kind: str, facts: dict):
     if not tried:
         raise app.UsageError("--tune: no candidate of pallas_tpu was compiled")
     best = min(tried, key=lambda r: r["kernel_cycles"])
-    s, path = SHAPES[_SHAPE.value], pathlib.Path(_TABLE.value)
+    path = pathlib.Path(_TABLE.value)
     entry = {"pallas_chunk_size": best["chunk_size"], "by": "schedule"}
     entry |= {name: best[name] for name in SIZES[1:] if best[name] is not None}
     entry |= {key: facts[key] for key in ("jax", "date")}
-    shapes = shape_class(s.key_dim, s.value_dim)
+    problem = PROBLEMS["kda"](_SHAPE.value, _BATCH.value, _LENGTH.value, _DTYPE.value)
+    shapes = problem.shape_class
     there = tuning.read(path).get("kda", {}).get(kind, {}).get(shapes, {})
     if there and there.get("by") != "schedule":
         print(f"kda / {kind} / {shapes} stays {there}, which was timed; by schedule: {entry}")
@@ -262,6 +297,8 @@ def tune(rows: list[dict], kind: str, facts: dict):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
+    if _TUNE.value and _OP.value != "kda":
+        raise app.UsageError(f"--tune: the kernels of {_OP.value} have no sizes to choose")
     # A program that comes from a cache is not compiled, and then nothing is written.
     jax.config.update("jax_enable_compilation_cache", False)
     with tempfile.TemporaryDirectory() as folder:
@@ -270,7 +307,8 @@ def main(argv):
         os.environ["LIBTPU_INIT_ARGS"] = f"{given} {schedule.arguments(folder)}".strip()
         device = absent_devices(_TOPOLOGY.value)[0]
         facts = report.facts(
-            libtpu=importlib.metadata.version("libtpu"),
+            **{name: importlib.metadata.version(name) for name in packages()},
+            op=_OP.value,
             target=device.device_kind,
             shape=_SHAPE.value,
             batch=_BATCH.value,

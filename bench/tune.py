@@ -20,27 +20,19 @@ Candidates that cannot run here (a kernel for another platform) are left out by 
 """
 
 import functools
-import itertools
 import json
-import math
 import pathlib
 import time
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import kda_problem
 import numpy as np
 import report
 from absl import app, flags
+from problems import PROBLEMS, Problem
 
-from jaxalope.layers.ops import grouped_matmul, kda, latent_decode, tuning
-from jaxalope.layers.ops.grouped_matmul import shapes as grouped_shapes
-from jaxalope.layers.ops.kda import shapes as kda_shapes
-from jaxalope.layers.ops.latent_decode import shapes as latent_shapes
-from jaxalope.layers.ops.linear_cross_entropy import linear_cross_entropy
+from jaxalope.layers.ops import tuning
 
 _OP = flags.DEFINE_enum("op", None, sorted(tuning.CHOICES), "The operator.", required=True)
 _SHAPE = flags.DEFINE_string(
@@ -58,108 +50,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JS
 AGAIN = "{} again"
 
 
-class Problem(NamedTuple):
-    """One operator at one shape."""
-
-    shape_class: str
-    run: Callable  # of arrays; what it returns is summed and differentiated
-    arrays: tuple
-    learnt: int  # of the arrays, the first ones
-    candidates: list[dict]
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape).astype(_DTYPE.value)
-
-
-def kernels(operator: str) -> list[str]:
-    """Implementations by name that may be worth a try on this platform."""
-    here = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",), "cuda": ("pallas_gpu",)}
-    return [n for n in here.get(jax.default_backend(), ()) if n in operator]
-
-
-def of_kda() -> Problem:
-    s = kda_shapes.SHAPES[_SHAPE.value]
-    *tokens, _ = kda_problem.inputs(s, 1, _TOKENS.value, _DTYPE.value)
-    sizes = [{"chunk_size": c} for c in (16, 32, 64, 128)]
-    tried = [*sizes]
-    for name in kernels(kda._IMPLEMENTATIONS):
-        more = [{"heads": h, "tasks": t} for h, t in itertools.product((4, 8, 16), (4, 8))]
-        if name == "pallas_gpu":
-            blocks = ((64, 64), (32, 64), (16, 64), (32, 32), (32, 128))
-            more = [{"value_block": v, "key_block": k} for v, k in blocks]
-            more += [{"carry_warps": w} for w in (4, 8)] + [{"transpose_warps": w} for w in (4, 16)]
-        tried += [{"implementation": name} | c | m for c, m in itertools.product(sizes, more)]
-    return Problem(
-        kda_shapes.shape_class(s.key_dim, s.value_dim),
-        lambda *a: kda.kda(*a)[0],
-        tuple(tokens),
-        5,
-        tried,
-    )
-
-
-def of_grouped_matmul() -> Problem:
-    s = grouped_shapes.SHAPES[_SHAPE.value]
-    rows = _TOKENS.value * s.top_k
-    wide = (s.num_experts, s.features, s.hidden_features)
-    narrow = (s.num_experts, s.hidden_features, s.features)
-    owners = np.random.default_rng(0).choice(s.num_experts, rows, p=None)
-    sizes = jnp.asarray(np.bincount(owners, minlength=s.num_experts), jnp.int32)
-    weights = (
-        normal(i, *shape) / math.sqrt(shape[1]) for i, shape in enumerate((wide, wide, narrow))
-    )
-    blocks = [{"implementation": "blocked", "block": b} for b in (16, 32, 64, 128)]
-    others = [{"implementation": "xla"}, {"implementation": "tokamax"}]
-    if jax.default_backend() != "cpu":
-        blocks = []  # loops of a length that the data decide
-    return Problem(
-        grouped_shapes.shape_class(s.num_experts, wide),
-        grouped_matmul.grouped_swiglu,
-        (normal(9, rows, s.features), *weights, sizes),
-        4,
-        [*blocks, *others],
-    )
-
-
-def of_latent_decode() -> Problem:
-    s = latent_shapes.SHAPES[_SHAPE.value]
-    q, latent = normal(0, 1, 1, s.num_heads, s.width), normal(1, 1, _TOKENS.value, s.width)
-    positions = jnp.full((1, 1), _TOKENS.value - 1, jnp.int32)
-    return Problem(
-        latent_shapes.shape_class(s.width, s.value_dim),
-        lambda q, latent, positions: latent_decode.latent_decode(
-            q, latent, positions=positions, value_dim=s.value_dim, scale=s.width**-0.5
-        ),
-        (q, latent, positions),
-        0,
-        [{"implementation": name} for name in ("xla", *kernels(latent_decode.IMPLEMENTATIONS))],
-    )
-
-
-def of_linear_cross_entropy() -> Problem:
-    vocab, width = map(int, _SHAPE.value.split("x"))
-    targets = jax.random.randint(jax.random.key(2), (1, _TOKENS.value), 0, vocab)
-    kernel = jax.random.normal(jax.random.key(1), (width, vocab)) / math.sqrt(width)
-    sizes = (64, 128, 256, 512, 1024, 2048, 4096)
-    return Problem(
-        f"v{tuning.up_to_power_of_2(vocab)}",
-        lambda *a: linear_cross_entropy(*a)[0],
-        (normal(0, 1, _TOKENS.value, width), kernel, targets, jnp.ones(targets.shape)),
-        2,
-        [{"chunk_size": c} for c in sizes if c <= _TOKENS.value],
-    )
-
-
-PROBLEMS = {
-    "grouped_matmul": of_grouped_matmul,
-    "kda": of_kda,
-    "latent_decode": of_latent_decode,
-    "linear_cross_entropy": of_linear_cross_entropy,
-}
-
-
-def compiled(problem: Problem, choices: dict):
+def compiled(problem: Problem, arrays: tuple, choices: dict):
     """The program under these choices, or the reason why there is none."""
 
     def program(*arrays):
@@ -172,7 +63,7 @@ def compiled(problem: Problem, choices: dict):
     try:
         with tuning.trying(_OP.value, **choices), warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # that the default was used instead
-            return jax.jit(program).lower(*problem.arrays).compile()
+            return jax.jit(program).lower(*arrays).compile()
     except Exception as error:  # A compiler's refusal has many classes; all leave a candidate out.
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
@@ -194,18 +85,19 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     kind = jax.devices()[0].device_kind
-    problem = PROBLEMS[_OP.value]()
+    problem = PROBLEMS[_OP.value](_SHAPE.value, 1, _TOKENS.value, _DTYPE.value)
+    inputs = problem.inputs()
     facts = report.facts(
         op=_OP.value, kind=kind, shape=_SHAPE.value, tokens=_TOKENS.value, dtype=_DTYPE.value
     )
     print(" ".join(f"{key}={value}" for key, value in facts.items()), flush=True)
     programs = {}
     for choices in ({}, *problem.candidates):
-        found = compiled(problem, choices)
+        found = compiled(problem, inputs, choices)
         if isinstance(found, str):
             print(f"left out: {choices} ({found})", flush=True)
             continue
-        programs[json.dumps(choices, sort_keys=True)] = functools.partial(found, *problem.arrays)
+        programs[json.dumps(choices, sort_keys=True)] = functools.partial(found, *inputs)
     programs[AGAIN] = programs["{}"]
     seconds = measure(programs, _TURNS.value)
     gain = {name: seconds["{}"] / times for name, times in seconds.items()}

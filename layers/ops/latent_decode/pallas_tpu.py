@@ -3,7 +3,8 @@
 A grid step is one block of one row's slots, blocks innermost and in order, with the online softmax
 of all the row's queries in VMEM scratch from block to block. The grid is as long as the longest row
 asks (its bound is an array), and shorter rows stand still on their last block, which is then not
-read again. Interior blocks need no masks. On chips with two cores that share a grid, an odd number
+read again. Interior blocks need no masks. A block is taken in two pieces, so that the products of
+one fill the wait for the other's softmax. On chips with two cores that share a grid, an odd number
 of rows is split in two halves each, so that both cores read.
 
 XLA lays an array out on a TPU so that least is padded: 576 columns of many slots lie with slots
@@ -41,6 +42,7 @@ class _Plan(NamedTuple):
 
     scale: float
     block: int  # slots a grid step
+    pieces: int  # of a block, each with a softmax of its own
     splits: int
     values: int  # columns of values, whole tiles where there are as many
     turned: bool  # slots lie along lanes: a block is [C, block], not [block, C]
@@ -81,20 +83,37 @@ def _kernel(plan: _Plan, ends, alike, q, counts, latent, o, lse, total, top, acc
         top[...] = jnp.full_like(top, HIDDEN)
         acc[...] = jnp.zeros_like(acc)
 
-    def add(masked: bool):
-        some = latent[0].astype(q.dtype)
+    size = plan.block // plan.pieces
+
+    def read(i, columns, masked):
+        """The first columns of a piece of the block; zeros behind the row's end."""
+        where = pl.ds(i * size, size)
+        some = latent[0, :columns, where] if plan.turned else latent[0, where, :columns]
+        some = some.astype(q.dtype)
         if masked:
-            slots = start + _iota(plan.block, by_slot)
+            slots = start + i * size + _iota(size, by_slot)
             some = jnp.where(slots < ends[row], some, jnp.zeros_like(some))
-        scores = plan.scale * _dot(q[0], some, 1 - by_slot)
+        return some
+
+    def scores(i, masked):
+        found = plan.scale * _dot(q[0], read(i, latent.shape[2 - by_slot], masked), 1 - by_slot)
         if masked:
-            scores = jnp.where(start + _iota(plan.block, 1) < counts[0], scores, HIDDEN)
-        new = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
-        weights, old = jnp.exp(scores - new), jnp.exp(top[...] - new)
-        total[...] = old * total[...] + jnp.sum(weights, axis=1, keepdims=True)
-        top[...] = new
-        values = some[: plan.values] if plan.turned else some[:, : plan.values]
-        acc[...] = old * acc[...] + _dot(weights.astype(q.dtype), values, by_slot)
+            seen = start + i * size + _iota(size, 1) < counts[0]
+            found = jnp.where(seen, found, HIDDEN)
+        return found
+
+    def add(masked: bool):
+        # All scores come first: the MXU is at work on a piece while the one before waits for its
+        # scores to leave it, and for their maximum and exponentials.
+        found = [scores(i, masked) for i in range(plan.pieces)]
+        for i, one in enumerate(found):
+            new = jnp.maximum(top[...], jnp.max(one, axis=1, keepdims=True))
+            weights, old = jnp.exp(one - new), jnp.exp(top[...] - new)
+            total[...] = old * total[...] + jnp.sum(weights, axis=1, keepdims=True)
+            top[...] = new
+            # Read anew, values need not wait in registers.
+            values = _dot(weights.astype(q.dtype), read(i, plan.values, masked), by_slot)
+            acc[...] = old * acc[...] + values
 
     # Slots that every query of the row sees.
     interior = start + plan.block <= alike[row]
@@ -179,7 +198,8 @@ def latent_decode_pallas_tpu(
     splits = 2 if batch % 2 and capacity > block else 1
     turned = _turned(capacity, width, latent.dtype.itemsize)
     values = min(width, _whole(value_dim, _TILE if turned else _LANES))
-    plan = _Plan(scale, block, splits, values, turned, interpret)
+    pieces = 1 if block % (2 * _LANES) else 2
+    plan = _Plan(scale, block, pieces, splits, values, turned, interpret)
     ends, alike = counts.max(axis=1), counts.min(axis=1)
     steps = jnp.maximum(_cdiv(_cdiv(ends.max(), block), splits), 1)
 
@@ -233,6 +253,8 @@ def latent_decode_pallas_tpu(
         ),
         interpret=interpret,
         name="latent_decode",
+        # For who reads the compiled program: the grid's length is an array.
+        metadata={"block": str(block), "splits": str(splits)},
     )(
         ends,
         alike,

@@ -6,12 +6,16 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 BENCH = pathlib.Path(__file__).parents[3] / "bench"
 sys.path.append(str(BENCH))
 
+import hlo  # noqa: E402
+import plan  # noqa: E402
 import schedule  # noqa: E402
+import workload  # noqa: E402
 
 # A pipeline of 4 steps (6 turns), and in each a loop of 5 turns, which waits two cycles for a load.
 # After a branch, two more bundles.
@@ -92,6 +96,37 @@ def test_what_turns_an_unknown_number_of_times_is_not_guessed():
     assert {loop.trips for loop in schedule.loops(text)[1]} == {5, None}
 
 
+def test_turns_that_are_assumed_count_and_so_do_the_arms_of_a_turn():
+    """Two conditions in the inner loop, each around one bundle of products."""
+    text = NEST.replace("%s10_s4, 12 /*", "%s10_s4, %s2_s7 /*")
+    text = text.replace(
+        "0x9   : >> {", "0x9   : >> { %8 = sbr.rel (%p8_p8) target bundleno = 11  ;; "
+    )
+    text = text.replace("0xb   :  {", "0xb   :  { %9 = sbr.rel (!%p8_p8) target bundleno = 13 ")
+    all_ways = schedule.Assumed("five of each", (4 * 5,))
+    read = schedule.schedule(text, utilization(slots()), all_ways)
+    known = schedule.schedule(NEST, utilization(slots()))
+    for name in ("cycles", "at_least", "body", "trips", "share", "spills", "fills"):
+        assert getattr(read, name) == getattr(known, name)
+    assert [(arm.first, arm.last, arm.mxu) for arm in read.arms] == [(0xA, 0xA, 1), (0xC, 0xC, 1)]
+    assert known.arms == () and [loop.first for loop in read.unknown] == [0x8]
+    one_way = schedule.Assumed("mostly the second", (4 * 5,), (2, 18))
+    read = schedule.schedule(text, utilization(slots()), one_way)
+    assert read.cycles == known.cycles - (20 - 2) - (20 - 18)
+    with pytest.raises(ValueError, match="longer"):
+        schedule.schedule(text, utilization(slots()), schedule.Assumed("", (1, 2)))
+
+
+@pytest.mark.parametrize(("core", "cores"), [("scmp.ne", 1), ("scmp.lt", 2)])
+def test_a_second_core_that_only_ends_shares_nothing(core, cores):
+    start = "%s9_s0 = smov 0 /* copy for cssa */"
+    asks = f"%s0_s9 = sld [smem:[#a]] /* megacore core id :: core id */  ;;  {start}"
+    asks += f"  ;;  %p0_p0 = {core}.s32.totalorder %s0_s9, 0"
+    asks += "  ;;  %7 = sbr.rel (%p0_p0) target bundleno = 21 (0x15)"
+    assert schedule.schedule(NEST.replace(start, asks), utilization(slots())).cores == cores
+    assert schedule.schedule(NEST, utilization(slots())).cores == 1
+
+
 def test_files_of_two_kernels_are_an_error():
     with pytest.raises(ValueError, match="22 bundles, but slots of 21"):
         schedule.schedule(NEST, utilization(slots(21)))
@@ -166,7 +201,7 @@ def test_a_program_is_the_sum_of_its_parts_and_their_loops(tmp_path):
     """y.2 is y.1 again, and was not compiled; it is in a loop from 2 to 9."""
     dump(tmp_path, ["y.1", "k.1"])
     once = schedule.schedule(NEST, utilization(slots())).cycles
-    found = schedule.program(HLO, tmp_path)
+    found = plan.program(HLO, tmp_path)
     runs = {use.instruction.name: (use.runs, use.cycles) for use in found.uses}
     assert runs == {"y.1": (1, once), "k.1": (1, once), "y.2": (7, 7 * once)}
     assert (found.cycles, found.at_least, found.unknown) == (9 * once, 9 * once, [])
@@ -178,28 +213,120 @@ def test_a_program_is_the_sum_of_its_parts_and_their_loops(tmp_path):
 
 def test_a_program_with_an_unknown_part_has_no_sum(tmp_path):
     dump(tmp_path, ["y.1"])
-    found = schedule.program(HLO.replace("direction=LT", "direction=NE"), tmp_path)
+    found = plan.program(HLO.replace("direction=LT", "direction=NE"), tmp_path)
     once = schedule.schedule(NEST, utilization(slots())).cycles
     assert (found.cycles, found.at_least, found.unknown) == (None, 2 * once, ["k.1", "y.2"])
     with pytest.raises(ValueError, match=r"y\.2 is called and not in the program"):
-        schedule.program(HLO.replace("%y.2", "%z.2"), tmp_path)
+        plan.program(HLO.replace("%y.2", "%z.2"), tmp_path)
+
+
+def test_a_loop_and_a_kernel_of_unknown_turns_are_asked_about(tmp_path):
+    dump(tmp_path, ["y.1", "k.1"])
+    unknown = NEST.replace("%s10_s4, 12 /*", "%s10_s4, %s2_s7 /*")
+    (tmp_path / "123-k.1-01-packed-bundles-post-ra.txt").write_text(unknown)
+    asked = []
+
+    def assume(instruction, found):
+        asked.append((instruction.name, found and found.trips))
+        return schedule.Assumed("the caches are full", (20 if found else 3,))
+
+    found = plan.program(HLO.replace("direction=LT", "direction=NE"), tmp_path, assume)
+    once = schedule.schedule(NEST, utilization(slots())).cycles
+    assert asked == [("loop", None), ("k.1", 4)]
+    assert (found.cycles, found.unknown) == ((1 + 1 + 3) * once, [])
+    assert found.assumed == ("the caches are full",)
+
+
+def test_metadata_on_lines_of_its_own_is_the_kernels():
+    more = 'target="kernel", frontend_attributes={kernel_metadata={\n"block":2048\n}}, last=1'
+    computations, entry = hlo.parse(HLO.replace('target="kernel"', more))
+    assert '"block":2048}}, last=1' in computations[entry]["k.1"].rest
+    assert list(computations[entry]) == list(hlo.parse(HLO)[0][entry])
 
 
 def test_the_compilers_own_count_of_turns_comes_first():
     known = 'body=%body, backend_config={"known_trip_count":{"n":"5"},"known_init_step":{}}'
-    computations, entry = schedule.parse(HLO.replace("body=%body", known))
+    computations, entry = hlo.parse(HLO.replace("body=%body", known))
     loop = computations[entry]["loop"]
-    assert schedule.while_trips(computations, entry, loop) == 5
+    assert hlo.while_trips(computations, entry, loop) == 5
     for change in (("add(%old", "multiply(%old"), ("constant(9)", "parameter(1)")):
-        computations, entry = schedule.parse(HLO.replace(*change))
+        computations, entry = hlo.parse(HLO.replace(*change))
         loop = computations[entry]["loop"]
-        assert schedule.while_trips(computations, entry, loop) is None
+        assert hlo.while_trips(computations, entry, loop) is None
+
+
+SIZES = np.asarray([5, 0, 27, 16, 1, 15])
+
+
+def kernel(rest, kind="bf16[64,32]{1,0}", name="gmm.1"):
+    shapes = "operand_layout_constraints={s32[6]{0}, bf16[64,48]{1,0}, bf16[6,48,32]{2,1,0}}"
+    rest = f'custom_call_target="tpu_custom_call", {shapes}, {rest}'
+    return hlo.Instruction(name, kind, "custom-call", (), rest, False)
+
+
+def planned(loops, arms=(), cores=1):
+    loops = tuple(schedule.Loop(i, i, None) for i in range(loops))
+    arms = tuple(schedule.Arm(0, 0, *arm) for arm in arms)
+    return schedule.Schedule(9, None, 9, None, None, {}, 0, 0, loops, arms, cores)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_visits_of_aligned_tiles_are_the_pairs_of_tile_and_group(empty):
+    owners = np.repeat(np.arange(len(SIZES)), SIZES)
+    for tile in (4, 16, 64):
+        pairs = len({(group, row // tile) for row, group in enumerate(owners)})
+        assert workload.aligned_visits(SIZES, tile, empty) == pairs + int(empty)
+
+
+def test_a_kernels_tiles_say_how_often_its_loops_turn():
+    assume = workload.grouped_product(SIZES)
+    own = kernel('frontend_attributes={ragged_dot_tiling="16,48,16"}')
+    visits = workload.aligned_visits(SIZES, 16, False)
+    assert assume(own, planned(1)).turns == (2 * visits,)
+    assert assume(own, planned(1, cores=2)).turns == (visits,)
+    assert "16 x 48 x 16" in assume(own, planned(1)).what
+    by_group = kernel('frontend_attributes={ragged_dot_tiling="16,24,32"}', "bf16[6,48,32]")
+    assert assume(by_group, planned(1)).turns == (2 * (visits + 1),)
+    # A sum in three parts: the last of them has more to do.
+    parts = kernel('xprof_metadata={"tile_m": 16, "tile_k": 16, "tile_n": 32}')
+    found = assume(parts, planned(1, [(8, 5), (8, 3)]))
+    assert (found.turns, found.arms) == ((3 * visits,), (visits, 2 * visits))
+    # What does not say, or does not fit, is left alone.
+    assert assume(kernel(""), planned(1)) is None
+    assert assume(own, planned(2)) is None
+    assert assume(own, None) is None
+
+
+def test_tiles_that_begin_with_a_group_count_in_buckets():
+    """Tiles of 16 rows, sublanes of 4: rows 0-4; 5-19, from 4 on; 20-31; 32-47; 48; 49-63."""
+    assert workload.own_visits(SIZES, 16, 4).tolist() == [5, 16, 12, 16, 1, 16]
+    tiles = '"dims.size_lhs_sublane":4, "tiles.bucket_base":8, "tiles.tile_k":48, "tiles.tile_m":16'
+    tiles += ', "tiles.tile_n":16'
+    arms = [(32, 1), (32, 2), (16, 1)]
+    found = workload.grouped_product(SIZES)(kernel(tiles), planned(3, arms))
+    assert found.turns == (6, 6, 12)
+    # Two visits of at most 8 rows, four of more, in two cases; each for both halves of the columns.
+    assert found.arms == (4, 4, 4)
+
+
+def test_full_caches_turn_over_all_their_blocks():
+    assume = workload.full_caches(4, 4096)
+    block = '"block":"512", "splits":"1"'
+    arms = [(8, 9), (8, 3)]
+    assert assume(kernel(block), planned(1, arms)).turns == (4 * 8,)
+    assert assume(kernel(block), planned(1, arms)).arms == (0, 4 * 8)
+    assert assume(kernel(block), planned(1, arms, cores=2)).turns == (2 * 8,)
+    # A last block that is not full, of rows in two halves.
+    found = workload.full_caches(3, 4000)(kernel('"block":"512", "splits":"2"'), planned(1, arms))
+    assert (found.turns, found.arms) == ((3 * 2 * 4,), (3, 3 * 2 * 4 - 3))
+    assert assume(kernel("a kernel that does not say"), planned(1)) is None
+    assert assume(kernel("a loop of XLA's form"), None).turns == (4096 // 512,)
 
 
 TOY = """
 import json, os, sys, tempfile
 sys.path.append(sys.argv[1])
-import schedule
+import plan, schedule
 folder = tempfile.mkdtemp(dir=sys.argv[2])
 os.environ["LIBTPU_INIT_ARGS"] = schedule.arguments(folder)
 import jax, jax.numpy as jnp, pathlib, report
@@ -215,7 +342,7 @@ def measure(topology, kernel, inputs, rows, dtype):
     call = pl.pallas_call(kernel, grid=(rows, 5), in_specs=[block] * inputs, out_specs=block,
                           out_shape=shape, name="toy")
     text = report.compile_for(device, lambda *x: call(*x), *[shape] * inputs).as_text()
-    found = schedule.program(text, folder)
+    found = plan.program(text, folder)
     use, = (u for u in found.uses if u.instruction.opcode == "custom-call")
     s = use.schedule
     for path in pathlib.Path(folder).iterdir():
