@@ -16,25 +16,19 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
-from .. import optional, tuning
+from .. import tuning
 from ..platform import by_platform
-from . import blocked, pallas_gpu
+from . import blocked, pallas_gpu, tokamax
 from .reference import grouped_matmul_reference, grouped_swiglu_reference
 from .shapes import shape_class
-from .xla import ragged_products
-
-
-def _tokamax_ragged_dot(x, w, group_sizes, **kwargs):
-    # It picks among its own by the kind of this host's default device.
-    return optional.tokamax("grouped_matmul").ragged_dot_general(x, w, group_sizes, **kwargs)
-
+from .xla import PRODUCTS
 
 IMPLEMENTATIONS = ("reference", "xla", "blocked", "pallas_gpu", "tokamax")
 _FORMS = {
-    "xla": ragged_products(jax.lax.ragged_dot_general),
+    "xla": PRODUCTS,
     "blocked": blocked,
     "pallas_gpu": pallas_gpu.products(),
-    "tokamax": ragged_products(_tokamax_ragged_dot),
+    "tokamax": tokamax.PRODUCTS,
 }
 
 

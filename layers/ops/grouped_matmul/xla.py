@@ -1,18 +1,15 @@
-"""The grouped product as ragged products: the form that XLA compiles well on TPU.
+"""The grouped product as ``jax.lax.ragged_dot``: the form that XLA compiles well on TPU.
 
-Which ragged product is an argument: XLA's own, or that of a library with the same interface. What
-`ragged_dot` makes of rows past the last group is not promised on every platform. A row of a result
+What it makes of rows past the last group is not promised on every platform. A row of a result
 depends on its own row only, so there it is cleared afterwards, which XLA fuses with what reads it;
 sums over rows get cleared operands.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 
-from .products import Products, accumulator
+from .products import Products
 
 # Ragged rows of the left operand, by groups of the right one: [M, D] with [E, D, F], and with the
 # weights transposed, [M, F] with [E, D, F].
@@ -34,33 +31,34 @@ _TO_WEIGHTS = RaggedDotDimensionNumbers(
 )
 
 
-def ragged_products(ragged_dot_general: Callable[..., jax.Array]) -> Products:
-    """The products by a function with the interface of ``jax.lax.ragged_dot_general``."""
-
-    def run(a, b, group_sizes, dimensions):
-        return ragged_dot_general(
-            a,
-            b,
-            group_sizes,
-            ragged_dot_dimension_numbers=dimensions,
-            preferred_element_type=accumulator(a),
-        )
-
-    def by_rows(dimensions):
-        def product(x, w, group_sizes):
-            y = run(x, w, group_sizes, dimensions)
-            return _cleared(y, group_sizes).astype(x.dtype)
-
-        return product
-
-    def to_weights(x, dy, group_sizes, dtype):
-        x, dy = _cleared(x, group_sizes), _cleared(dy, group_sizes)
-        return run(x, dy, group_sizes, _TO_WEIGHTS).astype(dtype)
-
-    return Products(by_rows(_FORWARD), by_rows(_TO_ROWS), to_weights)
+def _ragged_dot(a, b, group_sizes, dimensions, dtype):
+    return jax.lax.ragged_dot_general(
+        a,
+        b,
+        group_sizes,
+        ragged_dot_dimension_numbers=dimensions,
+        # Of the result. Sums are float32 whatever it is.
+        preferred_element_type=dtype,
+    )
 
 
-def _cleared(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _forward(x, w, group_sizes):
+    return cleared(_ragged_dot(x, w, group_sizes, _FORWARD, x.dtype), group_sizes)
+
+
+def _to_rows(dy, w, group_sizes):
+    return cleared(_ragged_dot(dy, w, group_sizes, _TO_ROWS, dy.dtype), group_sizes)
+
+
+def _to_weights(x, dy, group_sizes, dtype):
+    x, dy = cleared(x, group_sizes), cleared(dy, group_sizes)
+    return _ragged_dot(x, dy, group_sizes, _TO_WEIGHTS, dtype)
+
+
+PRODUCTS = Products(_forward, _to_rows, _to_weights)
+
+
+def cleared(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """The rows, zero past the last group."""
     inside = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
     return jnp.where(inside, rows, 0)
