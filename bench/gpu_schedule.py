@@ -1,0 +1,334 @@
+"""KDA on an NVIDIA GPU that is not there: what its kernels issue, by XLA's own machine code.
+
+    python bench/gpu_schedule.py --shape=kimi_48b --length=8192 --dtype=bfloat16 \
+        --chunk_sizes=16,32,64 --output=bench/results/kda_gpu_schedule.jsonl
+
+compiles the two passes and the decoding step for an H200 (``jax[cuda12]`` is needed, a GPU is not;
+run it with JAX_PLATFORMS=cpu), takes the kernels out of the executable (`cubin.py`) and reads their
+machine code (`sass.py`; NVIDIA's nvdisasm is needed, which the `triton` package brings, or
+--nvdisasm). The columns, for each kernel and summed up:
+
+- registers a thread, bytes of its stack (spilled values, most of all), shared memory of a program,
+  and how many programs a multiprocessor holds by these;
+- for 64 tokens of a head, cycles of one multiprocessor if nothing but this held it up: "issue", an
+  instruction a cycle from each of four schedulers; "tensor" cores; "fma", "alu" and "xu"
+  (exponentials, conversions), the pipes of ordinary arithmetic; "l1", bytes to and from shared
+  memory and L1, spills and requests to memory among them, at 128 a cycle;
+- milliseconds of the whole kernel: of whichever of these is longest, with 132 multiprocessors at
+  1.98 GHz, all evenly busy; of "HBM", operands and results once at 4.8 TB/s; of "chain", one warp
+  alone from its first instruction to its last, by the stalls that the compiler wrote into the code
+  and assumed latencies of memory, as often as programs follow each other; the largest of the three
+  is the kernel's bound, and bounds add up, since kernels run one after another.
+
+What that is not: a time. Nothing was run. The bound is from below: units at their best rate, no
+conflict of shared memory's banks, no uneven share of programs, no start of a kernel; what a few
+resident warps cannot hide lies between the bound and the sum of its parts. Compare kernels of one
+compiler for one GPU. Loops turn as often as the kernels' plan says, on average where programs
+differ; a kernel whose loops are not those that are known here is an error in its row.
+
+    python bench/gpu_schedule.py --dtype=bfloat16 --chunk_sizes=64 --sweep
+
+tries the sizes that `bench/tune.py --op=kda` times on a GPU.
+"""
+
+import functools
+import importlib.util
+import itertools
+import math
+import mmap
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+
+import cubin
+import jax
+import kda_problem
+import report
+import sass
+import schedule
+from absl import app, flags
+
+from jaxalope.layers.ops import tuning
+from jaxalope.layers.ops.kda import kda_step
+from jaxalope.layers.ops.kda.pallas_gpu import power_of_two
+from jaxalope.layers.ops.kda.pallas_gpu_kernels import ROWS
+from jaxalope.layers.ops.kda.shapes import SHAPES
+from jaxalope.sharding import absent_devices
+
+_SHAPE = flags.DEFINE_enum("shape", "kimi_48b", sorted(SHAPES), "Heads and widths.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Rows.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 8192, "T.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of q, k and v.")
+_CHUNKS = flags.DEFINE_list("chunk_sizes", ["64"], "Tokens a chunk.")
+_SWEEP = flags.DEFINE_bool("sweep", False, "Try blocks and warps too.")
+_PASSES = flags.DEFINE_list("passes", ["forward", "forward+backward", "decode"], "To compile.")
+_NVDISASM = flags.DEFINE_string("nvdisasm", None, "Where it is; None looks on PATH and in triton.")
+_OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JSON lines.")
+
+# An H200: multiprocessors, clock, and of each multiprocessor registers, bytes of shared memory,
+# warps and programs.
+_PROCESSORS, _CLOCK = 132, 1.98e9
+_REGISTERS, _SHARED, _WARPS, _PROGRAMS = 65536, 233472, 64, 32
+_UNITS = ("issue", "tensor", "fma", "alu", "xu", "l1")
+
+# How often a kernel's loops turn, and its long branches are taken: keyed by the kernel and the
+# loops (L) and branches (S) of its machine code with their depth, in order of their start.
+_TURNS = {
+    # Blocks before a program's own; those after it, one by one or, of more than four, in fours.
+    ("kda_score", "L0 L0 L0"): lambda p: (p.others, p.others, 0),
+    ("kda_score", "L0 L0"): lambda p: (p.others, p.others),
+    ("kda_score", "S0"): lambda p: (p.others,),
+    ("kda_advance", "L0"): lambda p: (p.chunks,),
+    ("kda_retreat", "L0"): lambda p: (p.chunks,),
+    # Columns of the states; then of each block: those before it, those after it, columns again.
+    ("kda_transpose", "L0 L0 L1 L1 L1"): lambda p: (
+        *(p.columns, p.blocks),
+        *(p.others, p.others, p.columns),
+    ),
+    ("kda_transpose", "L0 L1 L1 L1"): lambda p: (p.blocks, p.others, p.others, p.columns),
+    ("kda_transpose", "L0 S1 S1 L1"): lambda p: (p.blocks, p.others, p.others, p.columns),
+    ("kda_transpose", "L0"): lambda p: (p.columns,),
+}
+_COLUMNS = 32  # of a state that `transpose` takes at once
+
+
+class Problem:
+    """What decides how often loops turn."""
+
+    def __init__(self, length: int, chunk: int, value: int):
+        chunk = min(chunk, 64)
+        self.chunks = length / chunk
+        self.blocks = chunk // ROWS
+        self.others = (self.blocks - 1) / 2
+        self.columns = power_of_two(value) / min(_COLUMNS, power_of_two(value))
+
+
+def turns(name: str, code: sass.Code, problem: Problem) -> tuple[float, ...]:
+    """A number for each region of a kernel.
+
+    Raises:
+        ValueError: a kernel of ours has other loops than those that are known here.
+    """
+    if not name.startswith("kda_"):
+        return (1,) * len(code.regions)  # XLA's own, which wait for memory; a turn at least
+    if not code.regions:
+        return ()
+    depth = [sum(r != s and r.inside(s) for s in code.regions) for r in code.regions]
+    form = " ".join(f"{'SL'[r.loop]}{d}" for r, d in zip(code.regions, depth, strict=True))
+    if (name, form) not in _TURNS:
+        raise ValueError(f"{name} has loops {form}, of which nothing is known")
+    return _TURNS[name, form](problem)
+
+
+def resident(kernel: cubin.Kernel, launch: cubin.Launch) -> int:
+    """Programs that a multiprocessor holds."""
+    warps = launch.threads // sass.WARP
+    registers = math.ceil(kernel.registers / 8) * 8 * sass.WARP * warps
+    shared = kernel.static_shared + launch.dynamic_shared
+    limits = _WARPS // warps, _REGISTERS // registers, _SHARED // max(shared, 1024), _PROGRAMS
+    return min(limits)
+
+
+def operand_bytes(instruction: str, computations: schedule.Computations) -> int:
+    """Bytes of its operands and results, each once."""
+    for body in computations.values():
+        if instruction in body:
+            found = body[instruction]
+            types = [body[x].type for x in dict.fromkeys(found.operands) if x in body]
+            return sum(map(schedule.hbm_bytes, [found.type, *types]))
+    return 0
+
+
+def part(kernel, launch, code, problem, moved: int, tasks: float, bandwidth: float) -> dict:
+    """A kernel's share of a row. `tasks`: 64 tokens of a head, or heads of one token."""
+    name = re.sub(r"__\d+$", "", launch.kernel)  # XLA numbers the second of a name
+    counts = turns(name, code, problem)
+    total, chain = sass.totals(code, counts), sass.alone(code, counts)
+    warps = launch.threads // sass.WARP
+    cycles = {"issue": total.instructions} | total.pipes
+    cycles = {unit: cycles.get(unit, 0) * warps * launch.programs / 4 for unit in _UNITS}
+    held = resident(kernel, launch)
+    seconds = {
+        "units_s": max(cycles.values()) / _PROCESSORS / _CLOCK,
+        "hbm_s": moved / bandwidth,
+        "chain_s": chain * math.ceil(launch.programs / (_PROCESSORS * held)) / _CLOCK,
+    }
+    return {
+        "name": name,
+        "registers": kernel.registers,
+        "stack_bytes": kernel.frame,
+        "shared_bytes": kernel.static_shared + launch.dynamic_shared,
+        "warps": warps,
+        "programs": launch.programs,
+        "resident": held,
+        "code": len(code.instructions),
+        "turns": list(counts),
+        "a_warp": {key: round(value, 1) for key, value in total.classes.items()},
+        "chain_cycles": round(chain),
+        "flops": total.flops * warps * launch.programs,
+        "spill_bytes": total.spill_bytes * warps * launch.programs,
+        "requested_bytes": total.global_bytes * warps * launch.programs,
+        "hbm_bytes": moved,
+        "cycles": {unit: round(value / tasks, 1) for unit, value in cycles.items()},
+        **seconds,
+        "bound_s": max(seconds.values()),
+    }
+
+
+def nvdisasm() -> str:
+    """Where the disassembler is."""
+    triton = importlib.util.find_spec("triton")
+    inside = "backends/nvidia/bin/nvdisasm"
+    found = (
+        _NVDISASM.value
+        or shutil.which("nvdisasm")
+        or (triton and str(pathlib.Path(triton.origin).parent / inside))
+    )
+    if not found or not pathlib.Path(found).exists():
+        raise app.UsageError("nvdisasm is needed: pip install triton, or --nvdisasm=PATH")
+    return found
+
+
+def ptxas() -> str:
+    """The version of the one in the CUDA plugin, by its own text."""
+    for name in ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"):
+        spec = importlib.util.find_spec(name) if importlib.util.find_spec("jax_plugins") else None
+        for path in pathlib.Path(spec.origin).parent.glob("*.so") if spec else ():
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m:
+                found = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", m)
+                if found:
+                    return found[1].decode()
+    raise app.UsageError("JAX's CUDA plugin is needed: pip install jax[cuda12]")
+
+
+def candidates(name: str):
+    """Chunk sizes and the choices of `tuning` to try, of a pass."""
+    if name == "decode":
+        return [(1, {})]
+    sizes = [{}]
+    if _SWEEP.value:
+        # As `bench/tune.py` has them.
+        blocks = ((64, 64), (32, 64), (16, 64), (32, 32), (32, 128))
+        sizes += [{"value_block": v, "key_block": k} for v, k in blocks]
+        sizes += [{"carry_warps": w} for w in (4, 8)] + [{"transpose_warps": w} for w in (4, 16)]
+    return itertools.product(map(int, _CHUNKS.value), sizes)
+
+
+def program(name: str, chunk: int):
+    """The pass, and what it is given."""
+    s = SHAPES[_SHAPE.value]
+    length = 1 if name == "decode" else _LENGTH.value
+    arrays = jax.eval_shape(
+        functools.partial(kda_problem.inputs, s, _BATCH.value, length, _DTYPE.value)
+    )
+    if name != "decode":
+        return kda_problem.programs("pallas_gpu", chunk)[name], arrays
+    one = [jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype) for x in arrays[:-1]]
+    return functools.partial(kda_step, implementation="pallas_gpu"), (*one, arrays[-1])
+
+
+def measure(device, name: str, chunk: int, sizes: dict, folder: pathlib.Path, tool: str) -> dict:
+    """What a row has to say of one program. Leaves the folder empty."""
+    s, bandwidth = SHAPES[_SHAPE.value], report.bandwidth(device)
+    run, arrays = program(name, chunk)
+    try:
+        with tuning.trying("kda", **sizes):
+            compiled = report.compile_for(device, run, *arrays)
+        launches = cubin.launches(folder)
+    finally:
+        for path in folder.iterdir():
+            path.unlink()
+    kernels = cubin.kernels(compiled.runtime_executable().serialize())
+    computations, entry = schedule.parse(compiled.as_text())
+    tasks = _BATCH.value * s.num_value_heads
+    tasks *= 1 if name == "decode" else _LENGTH.value / 64
+    problem = Problem(_LENGTH.value, chunk, s.value_dim)
+    parts = []
+    for launch in launches:
+        kernel, path = kernels[launch.kernel], folder / "kernel"
+        path.write_bytes(kernel.elf)
+        code = sass.read(sass.disassemble(tool, str(path)))
+        path.unlink()
+        moved = operand_bytes(launch.instruction, computations)
+        parts.append(part(kernel, launch, code, problem, moved, tasks, bandwidth))
+    ends = (i.type for i in computations[entry].values() if i.root or i.opcode == "parameter")
+    return {
+        "cycles": {u: round(sum(x["cycles"][u] for x in parts), 1) for u in _UNITS},
+        "flops": sum(x["flops"] for x in parts),
+        "hbm_bytes": sum(x["hbm_bytes"] for x in parts),
+        "least_hbm_bytes": sum(map(schedule.hbm_bytes, ends)),
+        "bound_s": sum(x["bound_s"] for x in parts),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "parts": parts,
+    }
+
+
+def show(rows: list[dict]):
+    """Prints a table of programs, and one of their kernels."""
+    programs, kernels = [], []
+    for row in rows:
+        if "error" in row:
+            continue
+        sizes = " ".join(f"{key}={value}" for key, value in row["sizes"].items())
+        what = row["pass"].replace("forward+backward", "both"), row["chunk_size"], sizes
+        cycles = [f"{row['cycles'][unit]:,.0f}" for unit in _UNITS]
+        times = [f"{row['hbm_bytes'] / row['bandwidth'] * 1e3:.3f}", f"{row['bound_s'] * 1e3:.3f}"]
+        programs.append((*what, *cycles, *times))
+        for x in row["parts"]:
+            use = (f"{x[key]}" for key in ("registers", "stack_bytes"))
+            grid = f"{x['programs']} x {x['warps']}", x["resident"]
+            cycles = [f"{x['cycles'][unit]:,.0f}" for unit in _UNITS]
+            times = (f"{x[k] * 1e3:.3f}" for k in ("units_s", "hbm_s", "chain_s"))
+            shared = f"{x['shared_bytes'] / 1024:.0f}"
+            kernels.append((*what, x["name"], *use, shared, *grid, *cycles, *times))
+    units = [f"{unit}, cycles" for unit in _UNITS]
+    print(
+        "Cycles of one of 132 multiprocessors for 64 tokens of a head (of a step, for a head);\n"
+        "milliseconds of HBM traffic, and the bound: see the head of this file.\n"
+    )
+    print(report.table(("pass", "C", "sizes", *units, "HBM, ms", "bound, ms"), programs))
+    print()
+    use = ("kernel", "registers", "stack", "shared, KiB", "programs x warps", "resident")
+    times = ("units, ms", "HBM, ms", "chain, ms")
+    print(report.table(("pass", "C", "sizes", *use, *_UNITS, *times), kernels))
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    # A program that comes from a cache is not compiled, and then nothing is dumped.
+    jax.config.update("jax_enable_compilation_cache", False)
+    tool = nvdisasm()
+    with tempfile.TemporaryDirectory() as folder:
+        # XLA reads it at the first compilation.
+        given = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{given} {cubin.arguments(folder)}".strip()
+        device = absent_devices("h200")[0]
+        facts = report.facts(
+            target=device.device_kind,
+            ptxas=ptxas(),
+            shape=_SHAPE.value,
+            batch=_BATCH.value,
+            length=_LENGTH.value,
+            dtype=_DTYPE.value,
+            bandwidth=report.bandwidth(device),
+        )
+        print(" ".join(f"{key}={value}" for key, value in facts.items()), flush=True)
+        rows = []
+        for name in _PASSES.value:
+            for chunk, sizes in candidates(name):
+                what = {"pass": name, "chunk_size": chunk, "sizes": sizes}
+                try:
+                    found = measure(device, name, chunk, sizes, pathlib.Path(folder), tool)
+                except Exception as error:  # A refusal has many classes: it is a result.
+                    found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+                    print(f"left out: {what} ({found['error']})", flush=True)
+                rows.append(facts | what | found)
+    show(rows)
+    report.write_rows(_OUTPUT.value, rows)
+
+
+if __name__ == "__main__":
+    app.run(main)
