@@ -13,7 +13,8 @@ machine code (`sass.py`; NVIDIA's nvdisasm is needed, which the `triton` package
 - for 64 tokens of a head, cycles of one multiprocessor if nothing but this held it up: "issue", an
   instruction a cycle from each of four schedulers; "tensor" cores; "fma", "alu" and "xu"
   (exponentials, conversions), the pipes of ordinary arithmetic; "l1", bytes to and from shared
-  memory and L1, spills and requests to memory among them, at 128 a cycle;
+  memory and L1, spills and requests to memory among them, at 128 a cycle; "l2", spills where the
+  stacks of resident programs are more than L1 holds, at 5.5 TB/s;
 - milliseconds of the whole kernel: of whichever of these is longest, with 132 multiprocessors at
   1.98 GHz, all evenly busy; of "HBM", operands and results once at 4.8 TB/s; of "chain", one warp
   alone from its first instruction to its last, by the stalls that the compiler wrote into the code
@@ -71,38 +72,55 @@ _OUTPUT = flags.DEFINE_string("output", None, "File to append the rows to, as JS
 # warps and programs.
 _PROCESSORS, _CLOCK = 132, 1.98e9
 _REGISTERS, _SHARED, _WARPS, _PROGRAMS = 65536, 233472, 64, 32
-_UNITS = ("issue", "tensor", "fma", "alu", "xu", "l1")
+# Bytes a second of its L2, about what has been measured, and of a multiprocessor's L1.
+_L2, _L1 = 5.5e12, 256 << 10
+_UNITS = ("issue", "tensor", "fma", "alu", "xu", "l1", "l2")
 
 # How often a kernel's loops turn, and its long branches are taken: keyed by the kernel and the
 # loops (L) and branches (S) of its machine code with their depth, in order of their start.
 _TURNS = {
-    # Blocks before a program's own; those after it, one by one or, of more than four, in fours.
-    ("kda_score", "L0 L0 L0"): lambda p: (p.others, p.others, 0),
-    ("kda_score", "L0 L0"): lambda p: (p.others, p.others),
-    ("kda_score", "S0"): lambda p: (p.others,),
+    # Parts of the key channels, and of each the four sizes of halves; blocks before a program's
+    # own; those after it, one by one or, of more than four, in fours.
+    ("kda_score", "L0 L1 L0 L0 L0"): lambda p: (p.parts, 4, p.others, p.others, 0),
+    ("kda_score", "L0 L1 L0 L0"): lambda p: (p.parts, 4, p.others, p.others),
+    ("kda_score", "L0 L1 S0"): lambda p: (p.parts, 4, p.others),
+    ("kda_score", "L0 L1"): lambda p: (p.parts, 4),
+    ("kda_prepare", "L0 L0"): lambda p: (p.parts, p.value_parts),
+    ("kda_prepare", "L0"): lambda p: (p.parts,),
     ("kda_advance", "L0"): lambda p: (p.chunks,),
     ("kda_retreat", "L0"): lambda p: (p.chunks,),
-    # Columns of the states; then of each block: those before it, those after it, columns again.
-    ("kda_transpose", "L0 L0 L1 L1 L1"): lambda p: (
+    # Columns of the states; then of each block: those before it, those after it, columns again,
+    # the four sizes.
+    ("kda_transpose", "L0 L0 L1 L1 L1 L1"): lambda p: (
         *(p.columns, p.blocks),
-        *(p.others, p.others, p.columns),
+        *(p.others, p.others, p.columns, 4),
     ),
-    ("kda_transpose", "L0 L1 L1 L1"): lambda p: (p.blocks, p.others, p.others, p.columns),
-    ("kda_transpose", "L0 S1 S1 L1"): lambda p: (p.blocks, p.others, p.others, p.columns),
-    ("kda_transpose", "L0"): lambda p: (p.columns,),
+    ("kda_transpose", "L0 L0 S1 S1 L1 L1"): lambda p: (
+        *(p.columns, p.blocks),
+        *(p.others, p.others, p.columns, 4),
+    ),
+    ("kda_transpose", "L0 L1 L1 L1 L1"): lambda p: (
+        p.blocks,
+        *(p.others, p.others, p.columns, 4),
+    ),
+    ("kda_transpose", "L0 L0 L0"): lambda p: (p.columns, p.columns, 4),
+    ("kda_transpose", "L0 L0"): lambda p: (p.columns, 4),
 }
-_COLUMNS = 32  # of a state that `transpose` takes at once
+# Columns of a state that `transpose` takes at once, channels that `score` and `prepare` do.
+_COLUMNS, _PART = 32, 64
 
 
 class Problem:
     """What decides how often loops turn."""
 
-    def __init__(self, length: int, chunk: int, value: int):
+    def __init__(self, length: int, chunk: int, key: int, value: int):
         chunk = min(chunk, 64)
         self.chunks = length / chunk
         self.blocks = chunk // ROWS
         self.others = (self.blocks - 1) / 2
-        self.columns = power_of_two(value) / min(_COLUMNS, power_of_two(value))
+        key, value = power_of_two(key), power_of_two(value)
+        self.parts, self.value_parts = (x / min(_PART, x) for x in (key, value))
+        self.columns = value / min(_COLUMNS, value)
 
 
 def turns(name: str, code: sass.Code, problem: Problem) -> tuple[float, ...]:
@@ -148,8 +166,10 @@ def part(kernel, launch, code, problem, moved: int, tasks: float, bandwidth: flo
     total, chain = sass.totals(code, counts), sass.alone(code, counts)
     warps = launch.threads // sass.WARP
     cycles = {"issue": total.instructions} | total.pipes
+    held, shared = resident(kernel, launch), kernel.static_shared + launch.dynamic_shared
+    beyond = held * (kernel.frame * launch.threads + shared) > _L1
+    cycles["l2"] = 4 * beyond * total.spill_bytes * _CLOCK * _PROCESSORS / _L2
     cycles = {unit: cycles.get(unit, 0) * warps * launch.programs / 4 for unit in _UNITS}
-    held = resident(kernel, launch)
     seconds = {
         "units_s": max(cycles.values()) / _PROCESSORS / _CLOCK,
         "hbm_s": moved / bandwidth,
@@ -159,7 +179,7 @@ def part(kernel, launch, code, problem, moved: int, tasks: float, bandwidth: flo
         "name": name,
         "registers": kernel.registers,
         "stack_bytes": kernel.frame,
-        "shared_bytes": kernel.static_shared + launch.dynamic_shared,
+        "shared_bytes": shared,
         "warps": warps,
         "programs": launch.programs,
         "resident": held,
@@ -207,12 +227,7 @@ def candidates(name: str):
     """Chunk sizes and the choices of `tuning` to try, of a pass."""
     if name == "decode":
         return [(1, {})]
-    sizes = [{}]
-    if _SWEEP.value:
-        # As `bench/tune.py` has them.
-        blocks = ((64, 64), (32, 64), (16, 64), (32, 32), (32, 128))
-        sizes += [{"value_block": v, "key_block": k} for v, k in blocks]
-        sizes += [{"carry_warps": w} for w in (4, 8)] + [{"transpose_warps": w} for w in (4, 16)]
+    sizes = [{}, *(kda_problem.GPU_SIZES if _SWEEP.value else ())]
     return itertools.product(map(int, _CHUNKS.value), sizes)
 
 
@@ -244,7 +259,7 @@ def measure(device, name: str, chunk: int, sizes: dict, folder: pathlib.Path, to
     computations, entry = schedule.parse(compiled.as_text())
     tasks = _BATCH.value * s.num_value_heads
     tasks *= 1 if name == "decode" else _LENGTH.value / 64
-    problem = Problem(_LENGTH.value, chunk, s.value_dim)
+    problem = Problem(_LENGTH.value, chunk, s.key_dim, s.value_dim)
     parts = []
     for launch in launches:
         kernel, path = kernels[launch.kernel], folder / "kernel"

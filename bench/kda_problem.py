@@ -6,6 +6,16 @@ import jax.numpy as jnp
 from jaxalope.layers.ops.kda import kda, l2norm, softplus_gate
 from jaxalope.layers.ops.kda.shapes import KdaShape
 
+# Sizes of the GPU kernels to try, beside what they choose themselves.
+GPU_SIZES = (
+    *(
+        {"value_block": value, "key_block": key}
+        for value, key in ((64, 128), (32, 128), (16, 128), (32, 64), (32, 32))
+    ),
+    *({"carry_warps": warps} for warps in (4, 8)),
+    *({"transpose_warps": warps} for warps in (1, 2, 8)),
+)
+
 
 def inputs(s: KdaShape, batch: int, length: int, dtype: str):
     """q, k, v, g, beta, initial state with the unbounded gate at its published initialisation."""

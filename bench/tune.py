@@ -86,9 +86,7 @@ def of_kda() -> Problem:
     for name in kernels(kda._IMPLEMENTATIONS):
         more = [{"heads": h, "tasks": t} for h, t in itertools.product((4, 8, 16), (4, 8))]
         if name == "pallas_gpu":
-            blocks = ((64, 64), (32, 64), (16, 64), (32, 32), (32, 128))
-            more = [{"value_block": v, "key_block": k} for v, k in blocks]
-            more += [{"carry_warps": w} for w in (4, 8)] + [{"transpose_warps": w} for w in (4, 16)]
+            more = kda_problem.GPU_SIZES
         tried += [{"implementation": name} | c | m for c, m in itertools.product(sizes, more)]
     return Problem(
         kda_shapes.shape_class(s.key_dim, s.value_dim),
