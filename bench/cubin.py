@@ -83,7 +83,7 @@ def kernels(executable: bytes) -> dict[str, Kernel]:
         start = record.find(_ELF)
         while start >= 0:
             elf = record[start : start + _elf_size(record, start)]
-            for kernel in _read_elf(elf):
+            for kernel in read_elf(elf):
                 found[kernel.name] = kernel
             start = record.find(_ELF, start + len(elf))
     return found
@@ -182,7 +182,8 @@ def _elf_size(data: bytes, start: int) -> int:
     return max(programs + size * count, sections + each * number)
 
 
-def _read_elf(elf: bytes) -> Iterator[Kernel]:
+def read_elf(elf: bytes) -> Iterator[Kernel]:
+    """The kernels of an ELF file."""
     _, table, _, _, each, count, names = _headers(elf, 0)
     headers = [struct.unpack_from("<II16xQQ", elf, table + each * i) for i in range(count)]
     start = headers[names][2]

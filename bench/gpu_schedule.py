@@ -15,17 +15,19 @@ machine code (`sass.py`; NVIDIA's nvdisasm is needed, which the `triton` package
   (exponentials, conversions), the pipes of ordinary arithmetic; "l1", bytes to and from shared
   memory and L1, spills and requests to memory among them, at 128 a cycle; "l2", spills where the
   stacks of resident programs are more than L1 holds, at 5.5 TB/s;
-- milliseconds of the whole kernel: of whichever of these is longest, with 132 multiprocessors at
-  1.98 GHz, all evenly busy; of "HBM", operands and results once at 4.8 TB/s; of "chain", one warp
-  alone from its first instruction to its last, by the stalls that the compiler wrote into the code
-  and assumed latencies of memory, as often as programs follow each other; the largest of the three
-  is the kernel's bound, and bounds add up, since kernels run one after another.
+- milliseconds of the whole kernel: "units", the longest of these, with 132 multiprocessors at
+  1.98 GHz, all evenly busy; "HBM", operands and results once at 4.8 TB/s; "chain", one warp alone
+  from its first instruction to its last, by the stalls that the compiler wrote into the code and
+  assumed latencies of memory, as often as programs follow each other on a multiprocessor. The
+  largest of the three is taken for the kernel, and kernels add up: they run one after another.
 
-What that is not: a time. Nothing was run. The bound is from below: units at their best rate, no
-conflict of shared memory's banks, no uneven share of programs, no start of a kernel; what a few
-resident warps cannot hide lies between the bound and the sum of its parts. Compare kernels of one
-compiler for one GPU. Loops turn as often as the kernels' plan says, on average where programs
-differ; a kernel whose loops are not those that are known here is an error in its row.
+What that is not: a time. Nothing was run. Units and HBM bound a time from below: units at their
+best rate, no conflict of shared memory's banks, no start of a kernel. The chain is an estimate of
+what few resident warps cannot hide: where it is the largest, warps wait more than they work, and it
+is too long where L1 or L2 holds what is loaded, too short where warps wait for each other's units.
+Compare kernels of one compiler for one GPU. Loops turn as often as the kernels' plan says, on
+average where programs differ; a kernel whose loops are not those that are known here is an error in
+its row.
 
     python bench/gpu_schedule.py --dtype=bfloat16 --chunk_sizes=64 --sweep
 
@@ -42,6 +44,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 
 import cubin
 import jax
@@ -91,20 +94,11 @@ _TURNS = {
     ("kda_retreat", "L0"): lambda p: (p.chunks,),
     # Columns of the states; then of each block: those before it, those after it, columns again,
     # the four sizes.
-    ("kda_transpose", "L0 L0 L1 L1 L1 L1"): lambda p: (
-        *(p.columns, p.blocks),
-        *(p.others, p.others, p.columns, 4),
-    ),
-    ("kda_transpose", "L0 L0 S1 S1 L1 L1"): lambda p: (
-        *(p.columns, p.blocks),
-        *(p.others, p.others, p.columns, 4),
-    ),
-    ("kda_transpose", "L0 L1 L1 L1 L1"): lambda p: (
-        p.blocks,
-        *(p.others, p.others, p.columns, 4),
-    ),
-    ("kda_transpose", "L0 L0 L0"): lambda p: (p.columns, p.columns, 4),
-    ("kda_transpose", "L0 L0"): lambda p: (p.columns, 4),
+    ("kda_transpose", "L0 L0 L1 L1 L1 L1"): lambda p: (p.columns, p.blocks, *p.of_block),
+    ("kda_transpose", "L0 L0 S1 S1 L1 L1"): lambda p: (p.columns, p.blocks, *p.of_block),
+    ("kda_transpose", "L0 L1 L1 L1 L1"): lambda p: (p.blocks, *p.of_block),
+    ("kda_transpose", "L0 L0 L0"): lambda p: (p.columns, *p.of_block[2:]),
+    ("kda_transpose", "L0 L0"): lambda p: p.of_block[2:],
 }
 # Columns of a state that `transpose` takes at once, channels that `score` and `prepare` do.
 _COLUMNS, _PART = 32, 64
@@ -121,6 +115,7 @@ class Problem:
         key, value = power_of_two(key), power_of_two(value)
         self.parts, self.value_parts = (x / min(_PART, x) for x in (key, value))
         self.columns = value / min(_COLUMNS, value)
+        self.of_block = (self.others, self.others, self.columns, 4)
 
 
 def turns(name: str, code: sass.Code, problem: Problem) -> tuple[float, ...]:
@@ -159,10 +154,17 @@ def operand_bytes(instruction: str, computations: schedule.Computations) -> int:
     return 0
 
 
-def part(kernel, launch, code, problem, moved: int, tasks: float, bandwidth: float) -> dict:
+def part(
+    name: str,
+    kernel: cubin.Kernel,
+    launch: cubin.Launch,
+    code: sass.Code,
+    counts: Sequence[float],
+    moved: int,
+    tasks: float,
+    bandwidth: float,
+) -> dict:
     """A kernel's share of a row. `tasks`: 64 tokens of a head, or heads of one token."""
-    name = re.sub(r"__\d+$", "", launch.kernel)  # XLA numbers the second of a name
-    counts = turns(name, code, problem)
     total, chain = sass.totals(code, counts), sass.alone(code, counts)
     warps = launch.threads // sass.WARP
     cycles = {"issue": total.instructions} | total.pipes
@@ -193,7 +195,7 @@ def part(kernel, launch, code, problem, moved: int, tasks: float, bandwidth: flo
         "hbm_bytes": moved,
         "cycles": {unit: round(value / tasks, 1) for unit, value in cycles.items()},
         **seconds,
-        "bound_s": max(seconds.values()),
+        "estimate_s": max(seconds.values()),
     }
 
 
@@ -267,15 +269,23 @@ def measure(device, name: str, chunk: int, sizes: dict, folder: pathlib.Path, to
         code = sass.read(sass.disassemble(tool, str(path)))
         path.unlink()
         moved = operand_bytes(launch.instruction, computations)
-        parts.append(part(kernel, launch, code, problem, moved, tasks, bandwidth))
+        base = re.sub(r"__\d+$", "", launch.kernel)  # XLA numbers the second of a name
+        counts = turns(base, code, problem)
+        parts.append(part(base, kernel, launch, code, counts, moved, tasks, bandwidth))
     ends = (i.type for i in computations[entry].values() if i.root or i.opcode == "parameter")
+    return summary(parts) | {
+        "least_hbm_bytes": sum(map(schedule.hbm_bytes, ends)),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def summary(parts: list[dict]) -> dict:
+    """Kernels that run one after another."""
     return {
         "cycles": {u: round(sum(x["cycles"][u] for x in parts), 1) for u in _UNITS},
         "flops": sum(x["flops"] for x in parts),
         "hbm_bytes": sum(x["hbm_bytes"] for x in parts),
-        "least_hbm_bytes": sum(map(schedule.hbm_bytes, ends)),
-        "bound_s": sum(x["bound_s"] for x in parts),
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "estimate_s": sum(x["estimate_s"] for x in parts),
         "parts": parts,
     }
 
@@ -289,21 +299,24 @@ def show(rows: list[dict]):
         sizes = " ".join(f"{key}={value}" for key, value in row["sizes"].items())
         what = row["pass"].replace("forward+backward", "both"), row["chunk_size"], sizes
         cycles = [f"{row['cycles'][unit]:,.0f}" for unit in _UNITS]
-        times = [f"{row['hbm_bytes'] / row['bandwidth'] * 1e3:.3f}", f"{row['bound_s'] * 1e3:.3f}"]
+        times = [
+            f"{row['hbm_bytes'] / row['bandwidth'] * 1e3:.4f}",
+            f"{row['estimate_s'] * 1e3:.4f}",
+        ]
         programs.append((*what, *cycles, *times))
         for x in row["parts"]:
             use = (f"{x[key]}" for key in ("registers", "stack_bytes"))
             grid = f"{x['programs']} x {x['warps']}", x["resident"]
             cycles = [f"{x['cycles'][unit]:,.0f}" for unit in _UNITS]
-            times = (f"{x[k] * 1e3:.3f}" for k in ("units_s", "hbm_s", "chain_s"))
+            times = (f"{x[k] * 1e3:.4f}" for k in ("units_s", "hbm_s", "chain_s"))
             shared = f"{x['shared_bytes'] / 1024:.0f}"
             kernels.append((*what, x["name"], *use, shared, *grid, *cycles, *times))
     units = [f"{unit}, cycles" for unit in _UNITS]
     print(
         "Cycles of one of 132 multiprocessors for 64 tokens of a head (of a step, for a head);\n"
-        "milliseconds of HBM traffic, and the bound: see the head of this file.\n"
+        "milliseconds of HBM traffic, and the estimate: see the head of this file.\n"
     )
-    print(report.table(("pass", "C", "sizes", *units, "HBM, ms", "bound, ms"), programs))
+    print(report.table(("pass", "C", "sizes", *units, "HBM, ms", "estimate, ms"), programs))
     print()
     use = ("kernel", "registers", "stack", "shared, KiB", "programs x warps", "resident")
     times = ("units, ms", "HBM, ms", "chain, ms")
@@ -322,6 +335,7 @@ def main(argv):
         os.environ["XLA_FLAGS"] = f"{given} {cubin.arguments(folder)}".strip()
         device = absent_devices("h200")[0]
         facts = report.facts(
+            form="pallas_gpu",
             target=device.device_kind,
             ptxas=ptxas(),
             shape=_SHAPE.value,
