@@ -14,13 +14,6 @@ compiles the two passes for a chip of that kind instead: libtpu is needed, a TPU
 runs; the columns are what the compiler says of its programs: VMEM of each kernel,
 FLOPs and bytes (of a Pallas kernel, those that the kernel declares) and memory of temporaries.
 
-    python bench/kda.py --sm=90 --shape=kimi_48b --dtype=bfloat16 --lengths=8192 \
-        --output=bench/results/kda_gpu_compile.jsonl
-
-lowers the GPU kernels and compiles them for that architecture with the `triton` package; a GPU is
-not needed. The columns are registers and spilled bytes of a thread, and shared memory of a program.
-That compiler is not the one in XLA: its word on registers is an estimate.
-
     python bench/kda.py --gpu --dtype=bfloat16 --lengths=2048,8192,32768,65536 \
         --output=bench/results/kda_gpu.jsonl
 
@@ -33,9 +26,6 @@ would take, over the time taken. `--interpret` with tiny lengths runs the same o
 
 import functools
 import os
-import re
-import subprocess
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +47,6 @@ _CHUNK = flags.DEFINE_integer("chunk_size", 64, "Tokens a chunk of the chunked f
 _FORM = flags.DEFINE_string("implementation", "xla", "The chunked form to measure.")
 _TURNS = flags.DEFINE_integer("turns", 7, "Measurements of each form.", lower_bound=1)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for a chip of this kind: v5e:2x2.")
-_SM = flags.DEFINE_integer("sm", None, "Compile the GPU kernels for this architecture: 90.")
 _GPU = flags.DEFINE_bool("gpu", False, "Compare on a CUDA machine.")
 _INTERPRET = flags.DEFINE_bool("interpret", False, "Interpret the GPU kernels, for tests of --gpu.")
 _HEADS = flags.DEFINE_list("heads", ["16", "32", "64", "96"], "Heads, for --gpu.")
@@ -84,103 +73,25 @@ def compile_ahead(facts):
         arrays = jax.eval_shape(functools.partial(inputs, length))
         for name, program in programs(_FORM.value).items():
             compiled = report.compile_for(device, program, *arrays)
-            cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+            cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
             row = {
                 "pass": name,
                 "form": _FORM.value,
                 "length": length,
                 "target": device.device_kind,
                 "vmem_bytes": report.vmem_bytes(compiled),
-                "flops": cost["flops"],
-                "bytes_accessed": cost["bytes accessed"],
+                "flops": cost.get("flops"),
+                "bytes_accessed": cost.get("bytes accessed"),
                 "temporary_bytes": memory.temp_size_in_bytes,
             }
             rows.append(facts | row)
             vmem = " + ".join(f"{x / 2**20:.1f}" for x in row["vmem_bytes"]) or "-"
-            giga = (f"{row[key] / 1e9:.2f}" for key in ("flops", "bytes_accessed"))
+            giga = (report.billions(row[key], 2) for key in ("flops", "bytes_accessed"))
             temporaries = f"{row['temporary_bytes'] / 2**20:.0f}"
             lines.append((row["target"], name, _FORM.value, length, vmem, *giga, temporaries))
     headers = ("chip", "pass", "form", "T", "VMEM, MiB", "GFLOP", "GB", "temporaries, MiB")
     print(report.table(headers, lines))
     report.write_rows(_OUTPUT.value, rows)
-
-
-# The GPU kernels, compiled without a GPU --------------------------------------------------------
-
-_TRITON = "__gpu$xla.gpu.triton"
-_USE = {"registers": r"REG:(\d+)", "spilled_bytes": r"STACK:(\d+)"}
-
-
-def triton_kernels(lowered):
-    """Name, Triton IR, warps and stages of every Triton kernel of a lowered program."""
-    from jaxlib.mlir import ir
-    from jaxlib.triton import dialect
-
-    found = []
-
-    def visit(op):
-        if op.name == "stablehlo.custom_call" and _TRITON in str(op.attributes["call_target_name"]):
-            config = ir.DictAttr(op.attributes["mhlo.backend_config"])
-            number = {k: ir.IntegerAttr(config[k]).value for k in ("num_warps", "num_stages")}
-            code = ir.StringAttr(config["ir"]).value_bytes
-            with ir.Context() as context:
-                dialect.register_dialect(context)
-                text = ir.Module.parse(code).operation.get_asm(enable_debug_info=False)
-            found.append((ir.StringAttr(config["name"]).value, text, number))
-        return ir.WalkResult.ADVANCE
-
-    lowered.compiler_ir("stablehlo").operation.walk(visit)
-    return found
-
-
-def compile_for_sm(facts):
-    """Compiles for `--sm`, and prints and writes what the compiler says."""
-    try:
-        import triton
-        from triton.backends import nvidia
-        from triton.backends.compiler import GPUTarget
-    except ImportError as error:
-        raise app.UsageError("--sm needs the compiler: pip install triton") from error
-    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), auto, abstract_device=gpu)
-    shape, rows = SHAPES[_SHAPE.value], {}
-    arrays = jax.eval_shape(functools.partial(inputs, int(_LENGTHS.value[0])))
-    one = [jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype) for x in arrays[:-1]]
-    step = functools.partial(kda_step, implementation="pallas_gpu")
-    parts = (programs("pallas_gpu")["forward+backward"], arrays), (step, (*one, arrays[-1]))
-    for program, args in parts:
-        with jax.sharding.use_abstract_mesh(mesh):
-            lowered = jax.jit(program).trace(*args).lower(lowering_platforms=("cuda",))
-        for name, text, number in triton_kernels(lowered):
-            if text in rows:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                path = os.path.join(folder, f"{name}.ttir")
-                with open(path, "w", encoding="utf-8") as file:
-                    file.write(text)
-                kernel = triton.compile(
-                    path, target=GPUTarget("cuda", _SM.value, 32), options=dict(number)
-                )
-                binary = os.path.join(folder, "kernel.cubin")
-                with open(binary, "wb") as file:
-                    file.write(kernel.asm["cubin"])
-                tool = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
-                command = [tool, "-res-usage", binary]
-                said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            use = {key: int(re.search(pattern, said)[1]) for key, pattern in _USE.items()}
-            rows[text] = (
-                facts
-                | {"kernel": name, "target": f"sm_{_SM.value}", "triton": triton.__version__}
-                | {"key_dim": shape.key_dim, "value_dim": shape.value_dim}
-                | number
-                | use
-                | {"shared_bytes": kernel.metadata.shared}
-            )
-            print(rows[text], flush=True)
-    columns = ("kernel", "num_warps", "num_stages", *_USE, "shared_bytes")
-    print(report.table(columns, ([row[c] for c in columns] for row in rows.values())))
-    report.write_rows(_OUTPUT.value, rows.values())
 
 
 # On a CUDA machine -----------------------------------------------------------------------------
@@ -336,9 +247,6 @@ def main(argv):
     print(" ".join(f"{key}={value}" for key, value in facts.items()), flush=True)
     if _TOPOLOGY.value:
         compile_ahead(facts)
-        return
-    if _SM.value:
-        compile_for_sm(facts)
         return
     if _GPU.value:
         compare_on_gpu(facts)

@@ -54,6 +54,16 @@ def kernels(operator) -> list[str]:
 
 # KDA --------------------------------------------------------------------------------------------
 
+# Sizes of the GPU kernels to try, beside what they choose themselves.
+KDA_GPU_SIZES = (
+    *(
+        {"value_block": value, "key_block": key}
+        for value, key in ((64, 128), (32, 128), (16, 128), (32, 64), (32, 32))
+    ),
+    *({"carry_warps": warps} for warps in (4, 8)),
+    *({"transpose_warps": warps} for warps in (1, 2, 8)),
+)
+
 
 def kda_inputs(s: kda_shapes.KdaShape, batch: int, length: int, dtype: str):
     """q, k, v, g, beta, initial state with the unbounded gate at its published initialisation."""
@@ -102,9 +112,7 @@ def of_kda(shape: str, batch: int, length: int, dtype: str) -> Problem:
     for name in kernels(kda._IMPLEMENTATIONS):
         more = [{"heads": h, "tasks": t} for h, t in itertools.product((4, 8, 16), (4, 8))]
         if name == "pallas_gpu":
-            blocks = ((64, 64), (32, 64), (16, 64), (32, 32), (32, 128))
-            more = [{"value_block": v, "key_block": k} for v, k in blocks]
-            more += [{"carry_warps": w} for w in (4, 8)] + [{"transpose_warps": w} for w in (4, 16)]
+            more = KDA_GPU_SIZES
         tried += [{"implementation": name} | c | m for c, m in itertools.product(sizes, more)]
     inputs = functools.partial(kda_inputs, s, batch, length, dtype)
     return Problem(

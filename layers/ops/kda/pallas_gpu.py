@@ -15,13 +15,15 @@ what is handed to `advance` 2304, written and read; outputs 256: 5.4 kB or 1.25 
 against 184 kFLOP or 0.23 ns at 790 TFLOP/s. W and U are handed on instead of the inverse and v, 10%
 more bytes, because that leaves two products instead of three on the way from state to state. L goes
 through memory because a kernel that makes and inverts it needs more than a thread's 255 registers
-and spills kilobytes (found by compiling for sm_90). Forward for a backward pass adds what is saved:
+and spills kilobytes. Forward for a backward pass adds what is saved:
 states and writes, 2*K*V/C + 2*V bytes.
 
 Large products run in bfloat16 where q does, other scores and their gradients in TF32, the inverse
 in three TF32 parts; with float32 inputs all products are of three parts. Kernels are in
 `pallas_gpu_kernels.py`. K and V are padded to powers of two. No GPU has run or timed this: sizes
-were chosen by what a compiler says of registers (`bench/kda.py --sm=90`).
+were chosen by the machine code that XLA makes for an H200 (`bench/gpu_schedule.py`). By it, what 16
+rows need is little enough for one warp: of four, each does much that the others do too, and they
+wait for each other.
 
 Source: Kimi Linear report, section 3.
 """
@@ -48,7 +50,7 @@ _MAX_CHUNK = 64
 _PROGRAMS = 128
 _VALUE_BLOCKS = (64, 32, 16)
 # Key channels of a program that takes gradients, and bytes of the widest row that is prefetched.
-_KEY_BLOCK = 64
+_KEY_BLOCK = 128
 _DEEP_ROW = 256
 
 
@@ -68,8 +70,8 @@ def plan(q, v, scale: float, chunk: int, interpret: bool) -> Plan:
     block = full[0] if full else choices[-1]
     tuned = tuning.chosen("kda", shape_class(q.shape[-1], width))
     block = min(tuned.get("value_block", block), value)
-    carry = (tuned.get("carry_warps", 8 if block > 32 else 4), 1 if wide else 2)
-    transpose = (tuned.get("transpose_warps", 8), 1)
+    warps = tuned.get("carry_warps", 8 if block > 32 else 4)
+    transpose = (tuned.get("transpose_warps", 4), 1)
     return Plan(
         scale=scale,
         chunk=min(chunk, _MAX_CHUNK),
@@ -79,7 +81,15 @@ def plan(q, v, scale: float, chunk: int, interpret: bool) -> Plan:
         value_block=block,
         key_block=min(tuned.get("key_block", _KEY_BLOCK), key),
         dtype=jnp.dtype(q.dtype),
-        tuning=Tuning((4, 1), (4, 1), advance=carry, retreat=carry, transpose=transpose),
+        # The third stage holds what the next chunk needs while this one's is in use; of `retreat`,
+        # it would not fit.
+        tuning=Tuning(
+            score=(1, 1),
+            prepare=(1, 1),
+            advance=(warps, 1 if wide else 3),
+            retreat=(warps, 1 if wide else 2),
+            transpose=transpose,
+        ),
         interpret=interpret,
     )
 

@@ -6,11 +6,13 @@ be sliced, rolled or joined, and whose smallest matrix product has 16 rows.
 
 So a chunk is taken 16 rows at a time, each its own load, and the logs of decays are products of g
 with a matrix of zeros and ones, in parts that lose nothing: sums of terms of one sign, so that
-nothing cancels and exp only ever sees numbers <= 0, however strong the gate. Pairs of rows in two
+nothing cancels and exp only ever sees numbers <= 0, however strong the gate. Logs are to base 2,
+whose exponential is the shorter code. Pairs of rows in two
 blocks meet at the boundary between them. Pairs in one block meet in the middle of the 2, 4, 8 or 16
 rows that they are the two halves of: for each of these sizes a row has one decay, and one product
 gives all pairs, told apart by r ^ i, whose highest bit is the size. That is four exponentials a
-number of the block instead of one for each of its 16 columns.
+number of the block instead of one for each of its 16 columns. The sizes are a loop, whose turns do
+not share registers.
 
 The inverse is built from 16 rows upwards and stays in registers. TF32 would keep three of
 float32's seven digits, and repeated keys make the powers of L huge: its products are of three TF32
@@ -18,6 +20,7 @@ parts, six digits. So are all products of float32 inputs: full float32 runs outs
 and spills ten kilobytes a thread where this spills half of one.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -35,7 +38,7 @@ class Precision(NamedTuple):
 
 
 ROWS = 16
-_SIZES = (1, 2, 4, 8)
+_LEVELS = 4  # halves of 1, 2, 4 and 8 rows
 
 
 def precision(dtype: jnp.dtype, *, interpret: bool) -> Precision:
@@ -52,14 +55,22 @@ def places() -> tuple[Int[Array, "16 16"], Int[Array, "16 16"]]:
     return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
 
 
+def _parts(x: Array) -> Iterator[Array]:
+    """Three bfloat16 that add up to a float32: its first eight digits, the next, the last.
+
+    Cut off and not rounded: that is one instruction, where rounding takes a conversion and back.
+    """
+    for _ in range(2):
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        top = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        yield top.astype(jnp.bfloat16)
+        x = x - top
+    yield x.astype(jnp.bfloat16)
+
+
 def _total(chosen: Array, g: Array) -> Array:
     """Sums of the chosen rows: zeros and ones are bfloat16, and so are three parts of a float32."""
-    total, rest = 0.0, g
-    for _ in range(3):
-        part = rest.astype(jnp.bfloat16)
-        total = total + dot(chosen, part, "nn", jnp.bfloat16)
-        rest = rest - part.astype(jnp.float32)
-    return total
+    return sum(dot(chosen, part, "nn", jnp.bfloat16) for part in _parts(g))
 
 
 def row_sums(g: Float[Array, "16 K"]) -> Array:
@@ -85,13 +96,13 @@ def sums_to_the_end(x: Float[Array, "16 K"]) -> Array:
     return _total(i >= r, x)
 
 
-def _level(g: Array, size: int) -> Array:
+def _level(g: Array, size: Int[Array, ""]) -> Array:
     """Decays around the middle of each 2*size rows: of second-half rows from it, else to it."""
     r, i = places()
     second = (r & size) > 0
     from_middle = second & (i <= r) & (i >= (r & -size))
     to_middle = ~second & (i > r) & (i <= (r | (size - 1)))
-    return jnp.exp(_total(from_middle | to_middle, g))
+    return jnp.exp2(_total(from_middle | to_middle, g))
 
 
 def pairs(number: Float[Array, "16"] | None) -> Int[Array, "16 16"]:
@@ -101,7 +112,7 @@ def pairs(number: Float[Array, "16"] | None) -> Int[Array, "16 16"]:
     return pair if number is None else jnp.where(number[:, None] == number[None, :], pair, 0)
 
 
-def _at(pair: Array, size: int) -> Array:
+def _at(pair: Array, size: int | Int[Array, ""]) -> Array:
     return (pair >= size) & (pair < 2 * size)
 
 
@@ -109,19 +120,25 @@ def scores(q, b, k, g, pair, to: Precision) -> tuple[Array, Array]:
     """The block on the diagonal of P, and that of L."""
     r, i = places()
     reads = jnp.where(r == i, jnp.sum(q * k, axis=1)[:, None], 0.0)
-    overlaps = jnp.zeros_like(reads)
-    for size in _SIZES:
+
+    def level(n, carry):
+        reads, overlaps = carry
+        size = 1 << n
         at, decay = _at(pair, size), _level(g, size)
         column = k * decay
         reads = jnp.where(at, dot(q * decay, column, "nt", precision=to.scores), reads)
         overlaps = jnp.where(at, dot(b * decay, column, "nt", precision=to.scores), overlaps)
-    return reads, overlaps
+        return reads, overlaps
+
+    return jax.lax.fori_loop(0, _LEVELS, level, (reads, jnp.zeros_like(reads)))
 
 
-def scores_transposed(q, b, k, g, pair, dreads, doverlaps, to: Precision):
-    """Gradients of q, b and k (as a column) through such a block, but for P's diagonal."""
-    dq, db, dk = (jnp.zeros_like(x) for x in (q, b, k))
-    for size in _SIZES:
+def scores_transposed(q, b, k, g, pair, dreads, doverlaps, grads, to: Precision):
+    """Adds gradients of q, b and k (as a column) through such a block, but for P's diagonal."""
+
+    def level(n, grads):
+        dq, db, dk = grads
+        size = 1 << n
         at, decay = _at(pair, size), _level(g, size)
         dread, doverlap = (jnp.where(at, x, 0.0) for x in (dreads, doverlaps))
         column = k * decay
@@ -129,14 +146,16 @@ def scores_transposed(q, b, k, g, pair, dreads, doverlaps, to: Precision):
         db = db + decay * dot(doverlap, column, "nn", precision=to.scores)
         rows = dot(dread, q * decay, "tn", precision=to.scores)
         dk = dk + decay * (rows + dot(doverlap, b * decay, "tn", precision=to.scores))
-    return dq, db, dk
+        return dq, db, dk
+
+    return jax.lax.fori_loop(0, _LEVELS, level, grads)
 
 
 def inverse(overlaps: Float[Array, "16 16"], pair: Int[Array, "16 16"], to: Precision) -> Array:
     """(I + L)^-1 of a block on the diagonal."""
     r, i = places()
     result = jnp.where(r == i, 1.0, 0.0) - jnp.where(_at(pair, 1), overlaps, 0.0)
-    for size in _SIZES[1:]:
+    for size in (2, 4, 8):
         corner = jnp.where(_at(pair, size), overlaps, 0.0)
         corner = dot(result, corner, "nn", precision=to.fine)
         result = result - dot(corner, result, "nn", precision=to.fine)

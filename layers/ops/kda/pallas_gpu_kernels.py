@@ -16,6 +16,9 @@ from .pallas import dot
 ROWS = blocks.ROWS
 # Columns of the states that `transpose` holds at once: more would not fit into registers.
 _VALUES = 32
+# Channels that `score` and `prepare` hold at once, for the same reason.
+_PART = 64
+_LOG2_E = 1.4426950408889634
 
 
 class Tuning(NamedTuple):
@@ -57,17 +60,17 @@ class _Rows(NamedTuple):
 
     q: jax.Array
     k: jax.Array
-    g: jax.Array
+    g: jax.Array  # to base 2
     beta: jax.Array  # [16, 1]
     b: jax.Array
     number: jax.Array | None  # [16]
 
 
-def _rows(plan: Plan, at, q, k, g, beta, marks) -> _Rows:
-    q, k = (ref[at, :].astype(jnp.float32) for ref in (q, k))
+def _rows(plan: Plan, at, q, k, g, beta, marks, part=slice(None)) -> _Rows:
+    q, k = (ref[at, part].astype(jnp.float32) for ref in (q, k))
     beta = beta[at][:, None]
     number = None if marks is None else marks[0, at]
-    return _Rows(q * plan.scale, k, g[at, :], beta, beta * k, number)
+    return _Rows(q * plan.scale, k, _LOG2_E * g[at, part], beta, beta * k, number)
 
 
 def _where(mark, x):
@@ -91,33 +94,51 @@ def score(plan: Plan, packed: bool, *refs):
     """
     q, k, g, beta, *marks, reads, overlaps = refs
     marks = marks[0] if packed else None
-    count = plan.chunk // ROWS
+    count, width = plan.chunk // ROWS, min(plan.key, _PART)
     here = jax.lax.rem(pl.program_id(0), jnp.int32(count))
-    x = _rows(plan, pl.ds(_first_row(here), ROWS), q, k, g, beta, marks)
     own = pl.ds(_first_row(here), ROWS)
-    read, overlap = blocks.scores(x.q, x.b, x.k, x.g, blocks.pairs(x.number), plan.to)
+    number = None if marks is None else marks[0, own]
+
+    def near(j, carry):
+        x = _rows(plan, own, q, k, g, beta, marks, pl.ds(j * width, width))
+        found = blocks.scores(x.q, x.b, x.k, x.g, blocks.pairs(number), plan.to)
+        return tuple(a + b for a, b in zip(carry, found, strict=True))
+
+    zero = jnp.zeros((ROWS, ROWS), jnp.float32)
+    read, overlap = jax.lax.fori_loop(0, plan.key // width, near, (zero, zero))
     reads[:, own], overlaps[:, own] = read.astype(reads.dtype), overlap
     if count == 1:
         return
-    down = jnp.exp(blocks.row_sums(x.g))
-    rows, b_rows = x.q * down, x.b * down
+    parts = [pl.ds(first, width) for first in range(0, plan.key, width)]
+
+    def decayed(part):
+        x = _rows(plan, own, q, k, g, beta, marks, part)
+        down = jnp.exp2(blocks.row_sums(x.g))
+        return [(z * down).astype(plan.dtype) for z in (x.q, x.b)]
+
+    rows = [decayed(part) for part in parts]
 
     def earlier(j, between):
-        there = pl.ds(_first_row(here - 1 - j), ROWS)
-        y = _rows(plan, there, q, k, g, beta, marks)
-        column = y.k * jnp.exp(blocks.column_sums(y.g) + between)
-        read, overlap = (_large(plan, z, column, "nt") for z in (rows, b_rows))
-        reads[:, there] = _meet(x.number, y.number, read).astype(reads.dtype)
-        overlaps[:, there] = _meet(x.number, y.number, overlap)
-        return between + blocks.across_block(y.g)
+        at = _first_row(here - 1 - j)
+        there, read, overlap, carry = pl.ds(at, ROWS), zero, zero, []
+        for part, (q_rows, b_rows), gap in zip(parts, rows, between, strict=True):
+            y = _rows(plan, there, q, k, g, beta, marks, part)
+            column = y.k * jnp.exp2(blocks.column_sums(y.g) + gap)
+            read = read + _large(plan, q_rows, column, "nt")
+            overlap = overlap + _large(plan, b_rows, column, "nt")
+            carry.append(gap + blocks.across_block(y.g))
+        other = None if marks is None else marks[0, there]
+        reads[:, there] = _meet(number, other, read).astype(reads.dtype)
+        overlaps[:, there] = _meet(number, other, overlap)
+        return tuple(carry)
 
     def never(n, carry):
         there = pl.ds(_first_row(n), ROWS)
-        zero = jnp.zeros((ROWS, ROWS), jnp.float32)
         reads[:, there], overlaps[:, there] = zero.astype(reads.dtype), zero
         return carry
 
-    jax.lax.fori_loop(0, here, earlier, jnp.zeros((1, plan.key), jnp.float32))
+    none = tuple(jnp.zeros((1, width), jnp.float32) for _ in parts)
+    jax.lax.fori_loop(0, here, earlier, none)
     jax.lax.fori_loop(here + 1, count, never, 0)
 
 
@@ -134,45 +155,56 @@ def prepare(plan: Plan, packed: bool, transposing: bool, *refs):
     g, beta, overlaps = refs.pop(0), refs.pop(0), refs.pop(0)
     marks = refs.pop(0) if packed else None
     q_start, k_end, w, across, last = refs
-    zero = jnp.zeros((ROWS, ROWS), jnp.float32)
-    inverses, entering = [], []
-    before = jnp.zeros((1, plan.key), jnp.float32)
-    for n, at in enumerate(_blocks(plan)):
-        row = [overlaps[at, there] for there in _blocks(plan)[: n + 1]]
+    inverses = []
+    for at in _blocks(plan):
+        row = [overlaps[at, there] for there in _blocks(plan)[: len(inverses) + 1]]
         # L is zero between segments already.
         own = blocks.inverse(row[-1], blocks.pairs(None), plan.to)
         inverses.append([*blocks.inverse_row(own, row[:-1], inverses, plan.to), own])
-        x = _rows(plan, at, q, k, g, beta, marks)
-        running = None if marks is None else marks[1, at]
-        start = _where(running, jnp.exp(blocks.row_sums(x.g) + before))
-        q_start[at, :] = (x.q * start).astype(q_start.dtype)
-        entering.append((x.b * start).astype(plan.dtype))
-        before = before + blocks.across_block(x.g)
-        known, written = 0.0, 0.0
-        for there, block, rows in zip(_blocks(plan), inverses[-1], entering, strict=False):
-            known = known + _large(plan, block, rows, "nn")
-            if transposing:
-                last[at, there] = block
-            else:
-                values = beta[there][:, None] * v[there, :].astype(jnp.float32)
-                written = written + _large(plan, block, values, "nn")
-        w[at, :] = known.astype(w.dtype)
-        if transposing:
-            for there in _blocks(plan)[n + 1 :]:
-                last[at, there] = zero
-        else:
-            last[at, :] = written.astype(last.dtype)
-    decay = jnp.exp(before)
-    if marks is not None:
-        decay = jnp.where(marks[1, plan.chunk - 1] > 0, decay, 0.0)
-    across[...] = jnp.sum(decay, axis=0)
-    behind = jnp.zeros((1, plan.key), jnp.float32)
-    for at in reversed(_blocks(plan)):
-        x = _rows(plan, at, q, k, g, beta, marks)
-        final = None if marks is None else marks[2, at]
-        up = jnp.exp(blocks.column_sums(x.g) + behind)
-        k_end[at, :] = _where(final, x.k * up).astype(k_end.dtype)
-        behind = behind + blocks.across_block(x.g)
+    if transposing:
+        zero = jnp.zeros((ROWS, ROWS), jnp.float32)
+        for n, at in enumerate(_blocks(plan)):
+            for m, there in enumerate(_blocks(plan)):
+                last[at, there] = inverses[n][m] if m <= n else zero
+    key_width, value_width = min(plan.key, _PART), min(plan.value, _PART)
+
+    def times(row, columns):
+        return sum(_large(plan, x, y, "nn") for x, y in zip(row, columns, strict=False))
+
+    def keys(j, carry):
+        part = pl.ds(j * key_width, key_width)
+        before = behind = jnp.zeros((1, key_width), jnp.float32)
+        entering = []
+        for at, row in zip(_blocks(plan), inverses, strict=True):
+            x = _rows(plan, at, q, k, g, beta, marks, part)
+            running = None if marks is None else marks[1, at]
+            start = _where(running, jnp.exp2(blocks.row_sums(x.g) + before))
+            q_start[at, part] = (x.q * start).astype(q_start.dtype)
+            entering.append((x.b * start).astype(plan.dtype))
+            before = before + blocks.across_block(x.g)
+            w[at, part] = times(row, entering).astype(w.dtype)
+        decay = jnp.exp2(before)
+        if marks is not None:
+            decay = jnp.where(marks[1, plan.chunk - 1] > 0, decay, 0.0)
+        across[part] = jnp.sum(decay, axis=0)
+        for at in reversed(_blocks(plan)):
+            x = _rows(plan, at, q, k, g, beta, marks, part)
+            final = None if marks is None else marks[2, at]
+            up = jnp.exp2(blocks.column_sums(x.g) + behind)
+            k_end[at, part] = _where(final, x.k * up).astype(k_end.dtype)
+            behind = behind + blocks.across_block(x.g)
+        return carry
+
+    def values(j, carry):
+        part, right = pl.ds(j * value_width, value_width), []
+        for at, row in zip(_blocks(plan), inverses, strict=True):
+            right.append((beta[at][:, None] * v[at, part].astype(jnp.float32)).astype(plan.dtype))
+            last[at, part] = times(row, right).astype(last.dtype)
+        return carry
+
+    jax.lax.fori_loop(0, plan.key // key_width, keys, 0)
+    if not transposing:
+        jax.lax.fori_loop(0, plan.value // value_width, values, 0)
 
 
 def _blocks(plan: Plan) -> list[slice]:
@@ -248,30 +280,36 @@ def transpose(plan: Plan, packed: bool, *refs):
     def small(x, y, how):
         return dot(x, y, how, precision=plan.to.scores)
 
+    def pairs(rows, columns):
+        """Gradients of a block of P and of L."""
+        writes = delta[columns, :]
+        found = outer(do[rows, :], writes), -outer(dr[rows, :], writes)
+        if marks is None:
+            return found
+        return tuple(_meet(marks[0, rows], marks[0, columns], x) for x in found)
+
+    # Whatever is not needed across a loop is loaded after it: registers are what is short.
     def step(i, tail):
         here = count - 1 - i
-        at, x = load(here)
-        do_here, dr_here, delta_here = do[at, :], dr[at, :], delta[at, :]
+        at = pl.ds(here * ROWS, ROWS)
 
         def earlier(j, carry):
             dq, db, between = carry
             there, y = load(here - 1 - j)
-            column = y.k * jnp.exp(blocks.column_sums(y.g) + between)
-            dread = _meet(x.number, y.number, outer(do_here, delta[there, :]))
-            doverlap = _meet(x.number, y.number, outer(dr_here, delta[there, :]))
-            dq, db = dq + small(dread, column, "nn"), db - small(doverlap, column, "nn")
+            column = y.k * jnp.exp2(blocks.column_sums(y.g) + between)
+            dread, doverlap = pairs(at, there)
+            dq, db = dq + small(dread, column, "nn"), db + small(doverlap, column, "nn")
             return dq, db, between + blocks.across_block(y.g)
 
         def later(n, carry):
             dk, between = carry
             there, y = load(n)
-            down = jnp.exp(blocks.row_sums(y.g) + between)
-            dread = _meet(y.number, x.number, outer(do[there, :], delta_here))
-            doverlap = _meet(y.number, x.number, outer(dr[there, :], delta_here))
-            dk = dk + small(dread, y.q * down, "tn") - small(doverlap, y.b * down, "tn")
+            down = jnp.exp2(blocks.row_sums(y.g) + between)
+            dread, doverlap = pairs(there, at)
+            dk = dk + small(dread, y.q * down, "tn") + small(doverlap, y.b * down, "tn")
             return dk, between + blocks.across_block(y.g)
 
-        zeros, none = jnp.zeros_like(x.g), jnp.zeros_like(tail)
+        zeros, none = jnp.zeros((ROWS, g.shape[1]), jnp.float32), jnp.zeros_like(tail)
         dq, db, dk, before, behind = zeros, zeros, zeros, none, none
         if count > 1:
             dq, db, before = jax.lax.fori_loop(0, here, earlier, (zeros, zeros, none))
@@ -288,19 +326,18 @@ def transpose(plan: Plan, packed: bool, *refs):
             0, plan.value // width, through_states, (zeros, zeros, zeros)
         )
         running, final = (None, None) if marks is None else (marks[1, at], marks[2, at])
-        dq = dq + jnp.exp(before) * _where(running, from_start)
-        db = db + jnp.exp(before) * _where(running, b_from_start)
-        dk = dk + jnp.exp(behind) * _where(final, to_end)
-        down, up = jnp.exp(blocks.row_sums(x.g)), jnp.exp(blocks.column_sums(x.g))
-        dq, db, dk = dq * down, db * down, dk * up
-        dreads, doverlaps = outer(do_here, delta_here), -outer(dr_here, delta_here)
-        near = blocks.scores_transposed(
-            x.q, x.b, x.k, x.g, blocks.pairs(x.number), dreads, doverlaps, plan.to
+        dq = dq + jnp.exp2(before) * _where(running, from_start)
+        db = db + jnp.exp2(before) * _where(running, b_from_start)
+        dk = dk + jnp.exp2(behind) * _where(final, to_end)
+        x = _rows(plan, at, q, k, g, beta, marks)
+        down, up = jnp.exp2(blocks.row_sums(x.g)), jnp.exp2(blocks.column_sums(x.g))
+        grads = dq * down, db * down, dk * up
+        dq, db, dk = blocks.scores_transposed(
+            x.q, x.b, x.k, x.g, blocks.pairs(x.number), *pairs(at, at), grads, plan.to
         )
-        dq, db, dk = dq + near[0], db + near[1], dk + near[2]
         dlog = x.q * dq + x.b * db - x.k * dk
         dg_out[at, :] = (blocks.sums_to_the_end(dlog) + tail).astype(dg_out.dtype)
-        both = do_here.astype(jnp.float32) * delta_here.astype(jnp.float32)
+        both = do[at, :].astype(jnp.float32) * delta[at, :].astype(jnp.float32)
         diagonal = jnp.sum(both, axis=1)[:, None]  # of P: no decay in it
         dq_out[at, :] = (plan.scale * (dq + diagonal * x.k)).astype(dq_out.dtype)
         dk = dk + diagonal * x.q + x.beta * db

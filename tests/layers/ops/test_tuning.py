@@ -127,7 +127,7 @@ def test_sizes_of_the_gpu_kernels_change_programs_and_not_results():
         o, state = kda_pallas_gpu(*arrays, None, scale=0.25, chunk_size=16, interpret=True)
         return jnp.sum(o**2) + jnp.sum(state)
 
-    chosen = {"value_block": 32, "key_block": 16, "carry_warps": 8, "transpose_warps": 4}
+    chosen = {"value_block": 32, "key_block": 16, "carry_warps": 8, "transpose_warps": 8}
     plans, found = [], []
     for sizes in ({}, chosen):
         with tuning.trying("kda", **sizes):
@@ -135,7 +135,7 @@ def test_sizes_of_the_gpu_kernels_change_programs_and_not_results():
             found.append(jax.jit(jax.grad(lambda *a: loss(*a), range(6)))(*arrays))
     blocks = [(plan.value_block, plan.key_block) for plan in plans]
     assert blocks == [(16, 32), (32, 16)]
-    assert (plans[1].tuning.retreat[0], plans[1].tuning.transpose[0]) == (8, 4)
+    assert (plans[1].tuning.retreat[0], plans[1].tuning.transpose[0]) == (8, 8)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
 
 
