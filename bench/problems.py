@@ -130,12 +130,19 @@ def of_kda(shape: str, batch: int, length: int, dtype: str) -> Problem:
 
 # Grouped products -------------------------------------------------------------------------------
 
+# Of the GPU kernels, to try; XLA's form is not, as it may need more memory than there is.
+GROUPED_GPU_SIZES = (
+    *({"row_tile": rows, "warps": warps} for rows, warps in ((64, 4), (128, 4), (128, 8))),
+    *({"depth_tile": depth} for depth in (32, 128)),
+    *({"stages": stages} for stages in (2, 4)),
+)
+
 
 def grouped_products(form: str, dtype: str) -> Callable:
     """A product ``(x, w, group_sizes)`` by an implementation of ours, or one under its own name.
 
-    ``ragged_dot`` is XLA's with results in the dtype of its operands, where our "xla" asks for
-    float32 and casts; ``mosaic_tpu`` and ``mosaic_tpu_v2`` are tokamax's.
+    ``ragged_dot`` is XLA's without our clearing of rows past the last group; ``mosaic_tpu`` and
+    ``mosaic_tpu_v2``, which our "tokamax" runs, are tokamax's.
     """
     if form in grouped_matmul.IMPLEMENTATIONS:
         return functools.partial(grouped_matmul.grouped_matmul, implementation=form)
@@ -188,7 +195,10 @@ def of_grouped_matmul(shape: str, batch: int, length: int, dtype: str) -> Proble
 
     blocks = [{"implementation": "blocked", "block": b} for b in (16, 32, 64, 128)]
     others = [{"implementation": "xla"}, {"implementation": "tokamax"}]
-    if jax.default_backend() != "cpu":
+    if kernels(["pallas_gpu"]):
+        blocks = [{"implementation": "pallas_gpu"} | sizes for sizes in GROUPED_GPU_SIZES]
+        others = [{"implementation": "blocked"}, {"implementation": "tokamax"}]
+    elif jax.default_backend() != "cpu":
         blocks = []  # loops of a length that the data decide
     flops = 2.0 * rows * s.features * s.hidden_features
     return Problem(

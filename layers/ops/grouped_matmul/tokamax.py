@@ -1,8 +1,9 @@
 """The grouped product by tokamax's ``ragged_dot``: kernels for TPU and GPU, where it is installed.
 
-For TPU it is the second of its kernels. Without a name tokamax picks by the kind of this host's
-default device, and for a TPU the first one, whose sizes of tiles are chosen for TPU7x alone. Sums
-over the rows of a group exist only as a gradient there: both gradients are taken of its product.
+For TPU, in this host or in the mesh in force, it is the second of its kernels. Without a name
+tokamax picks by the kind of this host's default device, and for a TPU the first one, whose sizes of
+tiles are chosen for TPU7x alone. Sums over the rows of a group exist only as a gradient there: both
+gradients are taken of its product.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
-from .. import optional
+from .. import optional, tuning
 from ..platform import by_platform
 from .products import Products
 from .xla import cleared
@@ -46,7 +47,10 @@ def _on_every_platform(run):
 
         return call
 
-    return by_platform({"default": by_name(None), "tpu": by_name(_ON_TPU)})
+    forms = {"default": by_name(None)}
+    if tuning.device()[0] == "tpu":  # it asks of which kind
+        forms["tpu"] = by_name(_ON_TPU)
+    return by_platform(forms)
 
 
 def _forward(x, w, group_sizes):

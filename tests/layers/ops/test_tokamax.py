@@ -116,6 +116,32 @@ def test_grouped_products(sizes):
 
 
 @installed
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
+def test_grouped_products_are_kernels_where_the_tpu_is_not_here(topology, absent_slice):
+    """Left to itself tokamax would look at this host, and compile XLA's form."""
+    device = absent_slice(topology)[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("device",), auto, devices=[device])
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    wide, narrow = (4, 256, 128), (4, 128, 256)
+    weights = (array(jnp.float32, *shape) for shape in (wide, wide, narrow))
+
+    def both(sizes, *arrays):
+        run = lambda *a: grouped_swiglu(*a, sizes, implementation="tokamax")  # noqa: E731
+        y, pull = jax.vjp(run, *arrays)
+        return y, pull(y)
+
+    arrays = (array(jnp.int32, 4), array(jnp.bfloat16, 512, 256), *weights)
+    with jax.set_mesh(mesh):
+        text = jax.jit(both).lower(*arrays).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 9 and "ragged-dot" not in text
+
+
+@installed
 def test_cross_entropy():
     hidden, kernel, *labels = head_inputs()
     run = lambda h, w, **k: cross_entropy(h, w, *labels, **k)[0]  # noqa: E731
