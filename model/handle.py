@@ -55,8 +55,8 @@ class Model:
         """The same model, its layers apart instead of stacked for a scan.
 
         Faster to decode with on a CPU and on a GPU, where a scan copies each layer's weights before
-        it uses them; slower to compile. Call it once and keep what it returns: it holds copies of the
-        parameters that were stacked. Its config says ``scan_layers=False``; a model that has
+        it uses them; slower to compile. Call it once and keep what it returns: it holds copies of
+        the parameters that were stacked. Its config says ``scan_layers=False``; a model that has
         nothing stacked is returned as it is.
         """
         if not getattr(self.config, "scan_layers", False):
