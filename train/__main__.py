@@ -157,10 +157,31 @@ def _dry_run(experiment) -> int:
     devices = absent_devices(_TOPOLOGY.value) if _TOPOLOGY.value else jax.devices()
     print(json.dumps(experiment_to_dict(experiment), indent=1), flush=True)
     mesh = make_mesh(experiment.mesh, devices) if len(devices) > 1 or _TOPOLOGY.value else None
-    with contextlib.nullcontext() if mesh is None else use_mesh(mesh, experiment.rules):
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(use_mesh(mesh, experiment.rules))
+        if _TOPOLOGY.value and devices[0].platform == "gpu":
+            stack.enter_context(_nothing_kept())
         print(estimate(experiment, mesh))
     print(f"devices: {len(devices)} x {devices[0].device_kind}")
     return 0
+
+
+@contextlib.contextmanager
+def _nothing_kept():
+    """No compilation cache: without a GPU, a program for one cannot be read from it again."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    name = "jax_enable_compilation_cache"
+    before = getattr(jax.config, name)
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()  # JAX looks at the setting once
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+        compilation_cache.reset_cache()
 
 
 def _fail(error: Exception, status: int) -> int:
