@@ -222,7 +222,7 @@ def ptxas() -> str:
                 found = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", m)
                 if found:
                     return found[1].decode()
-    raise app.UsageError("JAX's CUDA plugin is needed: pip install jax[cuda12]")
+    raise app.UsageError("JAX's CUDA plugin is needed: pip install jaxalope[cuda-compile]")
 
 
 def candidates(name: str):

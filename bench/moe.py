@@ -10,14 +10,16 @@ load on the machine hardly counts in process time, which is of all threads.
     python bench/moe.py --topology=h200 --shape=kimi_48b --tokens=8192 --dtype=bfloat16 \
         --forms=ragged_dot,blocked,pallas_gpu --output=bench/results/moe_gpu_compile.jsonl
 
-compiles for a device that is not there instead, and runs nothing: the compiler's temporaries. On a
-GPU, `--forms=blocked,pallas_gpu` measures what can run there (`ragged_dot` at these sizes
+compiles for a device that is not there instead, and runs nothing: the compiler's temporaries, and
+of kernels of ours for GPUs registers a thread and bytes of its stack, where values are spilled. On
+a GPU, `--forms=blocked,pallas_gpu` measures what can run there (`ragged_dot` at these sizes
 cannot).
 """
 
 import functools
 import time
 
+import cubin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +102,14 @@ def inputs():
     )
 
 
+def own_kernels(device, compiled) -> list[cubin.Kernel]:
+    """Those of a program for a GPU that have the operator's name."""
+    if device.platform != "gpu":
+        return []
+    found = cubin.kernels(compiled.runtime_executable().serialize()).values()
+    return [kernel for kernel in found if kernel.name.startswith("grouped_matmul")]
+
+
 def compile_ahead(facts):
     """Compiles for `--topology`, and prints and writes what the compiler says."""
     device = absent_devices(_TOPOLOGY.value)[0]
@@ -119,9 +129,13 @@ def compile_ahead(facts):
         for name, (program, given) in passes.items():
             compiled = report.compile_for(device, program, sizes, *given, *weights)
             size = compiled.memory_analysis().temp_size_in_bytes
-            rows.append(facts | {"pass": name, "form": form, "temporary_bytes": size})
-            lines.append((device.device_kind, name, form, f"{size / 2**30:.2f}"))
-    print(report.table(("device", "pass", "form", "temporaries, GiB"), lines))
+            row = {"pass": name, "form": form, "temporary_bytes": size}
+            row["kernels"] = {k.name: (k.registers, k.frame) for k in own_kernels(device, compiled)}
+            rows.append(facts | row)
+            each = (f"{k} {r}/{frame}" for k, (r, frame) in row["kernels"].items())
+            lines.append((device.device_kind, name, form, f"{size / 2**30:.2f}", "; ".join(each)))
+    headers = ("device", "pass", "form", "temporaries, GiB", "kernels, registers/stack")
+    print(report.table(headers, lines))
     report.write_rows(_OUTPUT.value, rows)
 
 

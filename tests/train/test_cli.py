@@ -98,6 +98,9 @@ def test_dry_run_compiles_for_gpus_that_are_not_there(run):
     status, out, _ = run(*command, "--set=mesh.fsdp=4", "--set=mesh.data=1")
     assert status == 0 and out.endswith("devices: 4 x NVIDIA H200\n")
     assert re.search(r"a step at the peak FLOP/s, seconds +\d", out)
+    kernels = ("--config=tiny", *command[1:], "--set=model.kda_implementation=pallas_gpu")
+    status, out, _ = run(*kernels, "--set=mesh.fsdp=4", "--set=mesh.data=1")
+    assert status == 0 and out.endswith("devices: 4 x NVIDIA H200\n")
     status, out, err = run(*command, "--set=model.hidden_size=20_000_000")
     assert status == 2 and err.count("\n") == 1
     assert "does not fit a device" in err and "an NVIDIA H200 has 141.0 GiB" in err

@@ -57,10 +57,5 @@ class Products:
 
 def silu_times(g: jax.Array, u: jax.Array) -> jax.Array:
     """``silu(g) * u``, evaluated in float32."""
-    wide = accumulator(g)
+    wide = jnp.promote_types(g.dtype, jnp.float32)
     return (jax.nn.silu(g.astype(wide)) * u.astype(wide)).astype(g.dtype)
-
-
-def accumulator(x: jax.Array) -> jnp.dtype:
-    """What sums of products of these numbers are held in."""
-    return jnp.promote_types(x.dtype, jnp.float32)
