@@ -57,7 +57,6 @@ from absl import app, flags
 from jaxalope.layers.ops import tuning
 from jaxalope.layers.ops.kda import kda_step
 from jaxalope.layers.ops.kda.pallas_gpu import power_of_two
-from jaxalope.layers.ops.kda.pallas_gpu_kernels import ROWS
 from jaxalope.layers.ops.kda.shapes import SHAPES
 from jaxalope.sharding import absent_devices
 
@@ -82,26 +81,16 @@ _UNITS = ("issue", "tensor", "fma", "alu", "xu", "l1", "l2")
 # How often a kernel's loops turn, and its long branches are taken: keyed by the kernel and the
 # loops (L) and branches (S) of its machine code with their depth, in order of their start.
 _TURNS = {
-    # Parts of the key channels, and of each the four sizes of halves; blocks before a program's
-    # own; those after it, one by one or, of more than four, in fours.
-    ("kda_score", "L0 L1 L0 L0 L0"): lambda p: (p.parts, 4, p.others, p.others, 0),
-    ("kda_score", "L0 L1 L0 L0"): lambda p: (p.parts, 4, p.others, p.others),
-    ("kda_score", "L0 L1 S0"): lambda p: (p.parts, 4, p.others),
-    ("kda_score", "L0 L1"): lambda p: (p.parts, 4),
-    ("kda_prepare", "L0 L0"): lambda p: (p.parts, p.value_parts),
-    ("kda_prepare", "L0"): lambda p: (p.parts,),
+    # Parts of the key channels, and of each the sizes of halves.
+    ("kda_score", "L0 L1"): lambda p: (p.parts, p.levels),
+    ("kda_score", "L0"): lambda p: (p.levels,) if p.parts == 1 else (p.parts,),
+    ("kda_solve", "L0 L0"): lambda p: (p.parts, p.value_parts),
+    ("kda_decay", "L0"): lambda p: (p.parts,),
     ("kda_advance", "L0"): lambda p: (p.chunks,),
     ("kda_retreat", "L0"): lambda p: (p.chunks,),
-    # Columns of the states; then of each block: those before it, those after it, columns again,
-    # the four sizes.
-    ("kda_transpose", "L0 L0 L1 L1 L1 L1"): lambda p: (p.columns, p.blocks, *p.of_block),
-    ("kda_transpose", "L0 L0 S1 S1 L1 L1"): lambda p: (p.columns, p.blocks, *p.of_block),
-    ("kda_transpose", "L0 L1 L1 L1 L1"): lambda p: (p.blocks, *p.of_block),
-    ("kda_transpose", "L0 L0 L0"): lambda p: (p.columns, *p.of_block[2:]),
-    ("kda_transpose", "L0 L0"): lambda p: p.of_block[2:],
+    ("kda_transpose", "L0"): lambda p: (p.levels,),
 }
-# Columns of a state that `transpose` takes at once, channels that `score` and `prepare` do.
-_COLUMNS, _PART = 32, 64
+_PART = 64  # channels that a program takes at once
 
 
 class Problem:
@@ -110,12 +99,9 @@ class Problem:
     def __init__(self, length: int, chunk: int, key: int, value: int):
         chunk = min(chunk, 64)
         self.chunks = length / chunk
-        self.blocks = chunk // ROWS
-        self.others = (self.blocks - 1) / 2
+        self.levels = chunk.bit_length() - 1
         key, value = power_of_two(key), power_of_two(value)
         self.parts, self.value_parts = (x / min(_PART, x) for x in (key, value))
-        self.columns = value / min(_COLUMNS, value)
-        self.of_block = (self.others, self.others, self.columns, 4)
 
 
 def turns(name: str, code: sass.Code, problem: Problem) -> tuple[float, ...]:

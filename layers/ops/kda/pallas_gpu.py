@@ -40,6 +40,7 @@ from ..optional import check_triton
 from ..optional import triton as pltriton
 from . import pallas_gpu_kernels as kernels
 from .pallas import check, group_sum, only_on, segment_marks, widen
+from .pallas_gpu_chunk import sums
 from .pallas_gpu_kernels import Plan, Tuning
 from .shapes import shape_class
 
@@ -50,7 +51,7 @@ _MAX_CHUNK = 64
 _PROGRAMS = 128
 _VALUE_BLOCKS = (64, 32, 16)
 # Key channels of a program that takes gradients, and bytes of the widest row that is prefetched.
-_KEY_BLOCK = 128
+_KEY_BLOCK = 32
 _DEEP_ROW = 256
 
 
@@ -71,24 +72,28 @@ def plan(q, v, scale: float, chunk: int, interpret: bool) -> Plan:
     tuned = tuning.chosen("kda", shape_class(q.shape[-1], width))
     block = min(tuned.get("value_block", block), value)
     warps = tuned.get("carry_warps", 8 if block > 32 else 4)
-    transpose = (tuned.get("transpose_warps", 4), 1)
+    chunk = min(chunk, _MAX_CHUNK)
+    # A warp has 16 rows of a product; Hopper's large ones are of four.
+    rows = chunk // kernels.ROWS
     return Plan(
         scale=scale,
-        chunk=min(chunk, _MAX_CHUNK),
+        chunk=chunk,
         group=value_heads // q.shape[2],
         key=key,
         value=value,
         value_block=block,
         key_block=min(tuned.get("key_block", _KEY_BLOCK), key),
         dtype=jnp.dtype(q.dtype),
-        # The third stage holds what the next chunk needs while this one's is in use; of `retreat`,
-        # it would not fit.
+        # The third stage of `advance` holds what the next chunk needs while this one's is in use;
+        # that of `retreat` would not fit. `score` and `transpose` fetch the next size's sums.
         tuning=Tuning(
-            score=(1, 1),
-            prepare=(1, 1),
+            score=(rows, 3),
+            solve=(1, 1),
             advance=(warps, 1 if wide else 3),
+            decay=(rows, 1),
             retreat=(warps, 1 if wide else 2),
-            transpose=transpose,
+            pairs=(rows, 1),
+            transpose=(tuned.get("transpose_warps", rows), 3),
         ),
         interpret=interpret,
     )
@@ -134,12 +139,10 @@ def _specs(
         """[B, H, T, .]"""
         return pl.BlockSpec((None, None, *shape), lambda c, h, b: (b, h, chunk(c), columns(c)))
 
-    def states(count, after=0):
-        return pl.BlockSpec(
-            (None, None, count, key, width),
-            lambda c, h, b: (b, h, chunk(c) + after, part(c), columns(c)),
-        )
-
+    states = pl.BlockSpec(
+        (None, None, count if whole else None, key, width),
+        lambda c, h, b: (b, h, chunk(c), part(c), columns(c)),
+    )
     return {
         "shared": by_token(key, heads, part),
         "key": by_token(key, columns=part),
@@ -148,28 +151,31 @@ def _specs(
         "dbeta": pl.BlockSpec(
             (None, None, None, tokens), lambda c, h, b: (b, h, part(c), chunk(c))
         ),
+        "sums": pl.BlockSpec(sums(plan.chunk).shape, lambda c, h, b: (0, 0, 0)),
         "marks": pl.BlockSpec((None, None, 3, plan.chunk), lambda c, h, b: (b, chunk(c), 0, 0)),
         "keys": by_head(tokens, plan.key),
         "values": by_head(tokens, width, columns=columns),
         "pairs": by_head(tokens, plan.chunk),
-        "rows": pl.BlockSpec((None, None, kernels.ROWS, plan.chunk), lambda c, h, b: (b, h, c, 0)),
-        "across": by_head(chunks, plan.key),
+        "across": pl.BlockSpec(
+            (None, None, chunks, key), lambda c, h, b: (b, h, chunk(c), part(c))
+        ),
         "state": pl.BlockSpec((None, None, plan.key, width), lambda c, h, b: (b, h, 0, columns(c))),
-        "edges": states(count + 1 if whole else None),
-        "after": states(None, 1),
-        "dstates": states(count if whole else None),
+        "states": states,
     }
 
 
 def _call(
     kernel, plan: Plan, shape, ins, outs, *, steps: int, splits: int = 1, whole: bool = False
 ):
-    """Runs a kernel; `ins` and `outs` are (kind of block, array) in the order of its arguments."""
+    """Runs a kernel; `ins` and `outs` are (kind of block, array) in the order of its arguments.
+
+    So are the results.
+    """
     batch, length, heads = shape
     name = kernel.func.__name__
     num_warps, num_stages = getattr(plan.tuning, name)
     specs = _specs(plan, length, steps, splits, whole=whole)
-    return pl.pallas_call(
+    made = pl.pallas_call(
         kernel,
         grid=(steps, heads, batch),
         in_specs=[specs[kind] for kind, _ in ins],
@@ -179,6 +185,7 @@ def _call(
         interpret=plan.interpret,
         name=f"kda_{name}",
     )(*(x for _, x in ins))
+    return [(kind, x) for (kind, _), x in zip(outs, made, strict=True)]
 
 
 def _made(kind: str, dtype, *shape: int):
@@ -197,62 +204,67 @@ def _inputs(plan: Plan, q, k, v, g, beta):
     ]
 
 
-def _prepare(plan: Plan, tokens, marks, *, transposing: bool):
-    """P and what `prepare` makes: the arrays that `advance` and `retreat` take first."""
-    batch, length, heads, value = tokens[2][1].shape
-    dtype, f32, head = plan.dtype, jnp.float32, (batch, heads, length)
-    shape, count, packed = (batch, length, heads), length // plan.chunk, marks is not None
-    keys = [*tokens[:2], *tokens[3:]]
-    reads, overlaps = _call(
-        functools.partial(kernels.score, plan, packed),
-        plan,
-        shape,
-        [*keys, *_marks(marks)],
-        [_made("rows", dtype, *head, plan.chunk), _made("rows", f32, *head, plan.chunk)],
-        steps=length // kernels.ROWS,
-    )
-    if transposing:
-        last = _made("pairs", f32, *head, plan.chunk)
-    else:
-        last = _made("values", dtype, *head, value)
-    outs = [
-        *[_made("keys", dtype, *head, plan.key)] * 3,
-        _made("across", f32, batch, heads, count, plan.key),
-        last,
-    ]
-    made = _call(
-        functools.partial(kernels.prepare, plan, packed, transposing),
-        plan,
-        shape,
-        [*(keys if transposing else tokens), ("pairs", overlaps), *_marks(marks)],
-        outs,
-        steps=count,
-    )
-    return [("pairs", reads), *((kind, x) for (kind, _), x in zip(outs, made, strict=True))]
-
-
 def _marks(marks):
     return [] if marks is None else [("marks", marks)]
 
 
+def _sums(plan: Plan):
+    return "sums", jnp.asarray(sums(plan.chunk))
+
+
+def _decays(plan: Plan, shape):
+    """Of every chunk: q from its start, k to its end, the decay across it; and b, or W."""
+    batch, length, heads = shape
+    keys = [_made("keys", plan.dtype, batch, heads, length, plan.key)] * 3
+    across = _made("across", jnp.float32, batch, heads, length // plan.chunk, plan.key)
+    return [*keys[:2], across, keys[2]]
+
+
 def _run_forward(plan: Plan, save: bool, q, k, v, g, beta, initial_state, marks):
     (batch, length, heads, width), key = v.shape, q.shape[-1]
-    tokens, count = _inputs(plan, q, k, v, g, beta), length // plan.chunk
-    ready = _prepare(plan, tokens, marks, transposing=False)
+    q_, k_, v_, g_, beta_ = _inputs(plan, q, k, v, g, beta)
+    shape, count = (batch, length, heads), length // plan.chunk
+    pairs = (batch, heads, length, plan.chunk)
+    reads, overlaps, *ends, b_start = _call(
+        functools.partial(kernels.score, plan, marks is not None),
+        plan,
+        shape,
+        [_sums(plan), q_, k_, g_, beta_, *_marks(marks)],
+        [
+            *(_made("pairs", plan.dtype, *pairs), _made("pairs", jnp.float32, *pairs)),
+            *_decays(plan, shape),
+        ],
+        steps=count,
+    )
+    w, u, *inverse = _call(
+        functools.partial(kernels.solve, plan, save),
+        plan,
+        shape,
+        [overlaps, b_start, v_, beta_],
+        [
+            _made("keys", plan.dtype, batch, heads, length, plan.key),
+            _made("values", plan.dtype, batch, heads, length, plan.value),
+            *([_made("pairs", plan.dtype, *pairs)] if save else []),
+        ],
+        steps=count,
+    )
     state = (batch, heads, plan.key, plan.value)
     outs = [
-        _made("value", v.dtype, *tokens[2][1].shape),
+        _made("value", v.dtype, *v_[1].shape),
         _made("state", jnp.float32, *state),
-        _made("value", plan.dtype, *tokens[2][1].shape),
-        _made("edges", plan.dtype, *state[:2], count + 1, *state[2:]),
+        _made("value", plan.dtype, *v_[1].shape),
+        _made("states", plan.dtype, *state[:2], count, *state[2:]),
     ]
-    ins = [*ready, ("state", widen(initial_state, plan.key, plan.value))]
-    steps = plan.value // plan.value_block
-    kernel = functools.partial(kernels.advance, plan, count, save)
-    o, final, *saved = _call(
-        kernel, plan, v.shape[:3], ins, outs if save else outs[:2], steps=steps, whole=True
+    (_, o), (_, final), *saved = _call(
+        functools.partial(kernels.advance, plan, count, save),
+        plan,
+        shape,
+        [reads, *ends, w, u, ("state", widen(initial_state, plan.key, plan.value))],
+        outs if save else outs[:2],
+        steps=plan.value // plan.value_block,
+        whole=True,
     )
-    return (o[..., :width], final[:, :, :key, :width]), saved
+    return (o[..., :width], final[:, :, :key, :width]), (reads, *inverse, *saved)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -262,26 +274,54 @@ def _kda(plan: Plan, q, k, v, g, beta, initial_state, marks):
 
 def _kda_forward(plan: Plan, q, k, v, g, beta, initial_state, marks):
     out, saved = _run_forward(plan, True, q, k, v, g, beta, initial_state, marks)
-    return out, (q, k, v, g, beta, marks, *saved)
+    return out, (q, k, v, g, beta, marks, *(x for _, x in saved))
 
 
 def _kda_backward(plan: Plan, residuals, cotangents):
-    q, k, v, g, beta, marks, delta, edges = residuals
+    q, k, v, g, beta, marks, reads, inverse, delta, states = residuals
     do, dfinal = cotangents
     (batch, length, heads, width), key = v.shape, q.shape[-1]
-    tokens, count = _inputs(plan, q, k, v, g, beta), length // plan.chunk
-    do = widen(do, plan.value)
-    ready = _prepare(plan, tokens, marks, transposing=True)
+    q_, k_, v_, g_, beta_ = _inputs(plan, q, k, v, g, beta)
+    shape, count, do = (batch, length, heads), length // plan.chunk, widen(do, plan.value)
+    inverse = ("pairs", inverse)
+    *ends, w = _call(
+        functools.partial(kernels.decay, plan, marks is not None),
+        plan,
+        shape,
+        [_sums(plan), q_, k_, g_, beta_, inverse, *_marks(marks)],
+        _decays(plan, shape),
+        steps=count,
+    )
     state = (batch, heads, plan.key, plan.value)
-    outs = [
-        _made("value", plan.dtype, *do.shape),
-        _made("dstates", plan.dtype, *state[:2], count, *state[2:]),
-        _made("state", jnp.float32, *state),
-    ]
-    ins = [*ready, ("value", do), ("state", widen(dfinal, plan.key, plan.value))]
-    kernel = functools.partial(kernels.retreat, plan, count)
-    dr, dstates, dinitial = _call(
-        kernel, plan, v.shape[:3], ins, outs, steps=plan.value // plan.value_block, whole=True
+    dr, dstates, (_, dinitial) = _call(
+        functools.partial(kernels.retreat, plan, count),
+        plan,
+        shape,
+        [
+            *(("pairs", reads), inverse, *ends, w, ("value", do)),
+            ("state", widen(dfinal, plan.key, plan.value)),
+        ],
+        [
+            _made("value", plan.dtype, *do.shape),
+            _made("states", plan.dtype, *state[:2], count, *state[2:]),
+            _made("state", jnp.float32, *state),
+        ],
+        steps=plan.value // plan.value_block,
+        whole=True,
+    )
+    rows, do, delta = (batch, heads, length), ("value", do), ("value", delta)
+    dreads, doverlaps, diagonal, (_, dv), (_, dbeta_v) = _call(
+        functools.partial(kernels.pairs, plan, marks is not None),
+        plan,
+        shape,
+        [v_, beta_, do, dr, delta, *_marks(marks)],
+        [
+            *[_made("pairs", plan.dtype, *rows, plan.chunk)] * 2,
+            _made("beta", jnp.float32, *rows),
+            _made("value", v.dtype, batch, length, heads, plan.value),
+            _made("beta", jnp.float32, *rows),
+        ],
+        steps=count,
     )
     # Value heads of a group add up to their q/k head's gradient, in float32.
     narrow = [x.dtype if plan.group == 1 else jnp.float32 for x in (q, k)]
@@ -293,21 +333,23 @@ def _kda_backward(plan: Plan, residuals, cotangents):
         _made("key", g.dtype, *wide),
         _made("dbeta", jnp.float32, batch, heads, splits, length),
     ]
-    values = [("value", x) for x in (do, dr, delta)]
-    ins = [*tokens[:2], *tokens[3:], *values]
-    ins += [("edges", edges), ("after", edges), ("dstates", dstates), *_marks(marks)]
-    kernel = functools.partial(kernels.transpose, plan, marks is not None)
-    dq, dk, dg, dbeta = _call(
-        kernel, plan, v.shape[:3], ins, outs, steps=count * splits, splits=splits
+    (_, dq), (_, dk), (_, dg), (_, dbeta) = _call(
+        functools.partial(kernels.transpose, plan, marks is not None),
+        plan,
+        shape,
+        [
+            *(_sums(plan), q_, k_, g_, beta_, do, dr, delta),
+            *(("states", states), dstates, ends[-1], dreads, doverlaps, diagonal),
+            *_marks(marks),
+        ],
+        outs,
+        steps=count * splits,
+        splits=splits,
     )
-    dr = dr[..., :width].astype(jnp.float32)
-    dv = (beta.astype(jnp.float32)[..., None] * dr).astype(v.dtype)
-    dbeta = jnp.swapaxes(jnp.sum(dbeta, axis=2), 1, 2) + jnp.sum(
-        v.astype(jnp.float32) * dr, axis=-1
-    )
+    dbeta = jnp.swapaxes(jnp.sum(dbeta, axis=2) + dbeta_v, 1, 2)
     dinitial = dinitial[:, :, :key, :width]
     dq, dk = group_sum(dq, q), group_sum(dk, k)
-    return dq, dk, dv, dg[..., :key], dbeta.astype(beta.dtype), dinitial, None
+    return dq, dk, dv[..., :width], dg[..., :key], dbeta.astype(beta.dtype), dinitial, None
 
 
 _kda.defvjp(_kda_forward, _kda_backward)
