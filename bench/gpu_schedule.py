@@ -49,6 +49,7 @@ from collections.abc import Sequence
 import cubin
 import hlo
 import jax
+import jax.numpy as jnp
 import problems
 import report
 import sass
@@ -88,20 +89,22 @@ _TURNS = {
     ("kda_decay", "L0"): lambda p: (p.parts,),
     ("kda_advance", "L0"): lambda p: (p.chunks,),
     ("kda_retreat", "L0"): lambda p: (p.chunks,),
+    ("kda_pairs", "L0"): lambda p: (p.value_parts / 2,),
     ("kda_transpose", "L0"): lambda p: (p.levels,),
 }
-_PART = 64  # channels that a program takes at once
+_PART = 128  # bytes of channels that a program takes at once
 
 
 class Problem:
     """What decides how often loops turn."""
 
-    def __init__(self, length: int, chunk: int, key: int, value: int):
+    def __init__(self, length: int, chunk: int, key: int, value: int, dtype: str):
         chunk = min(chunk, 64)
         self.chunks = length / chunk
         self.levels = chunk.bit_length() - 1
         key, value = power_of_two(key), power_of_two(value)
-        self.parts, self.value_parts = (x / min(_PART, x) for x in (key, value))
+        part = _PART // jnp.dtype(dtype).itemsize
+        self.parts, self.value_parts = (x / min(part, x) for x in (key, value))
 
 
 def turns(name: str, code: sass.Code, problem: Problem) -> tuple[float, ...]:
@@ -247,7 +250,7 @@ def measure(device, name: str, chunk: int, sizes: dict, folder: pathlib.Path, to
     computations, entry = hlo.parse(compiled.as_text())
     tasks = _BATCH.value * s.num_value_heads
     tasks *= 1 if name == "decode" else _LENGTH.value / 64
-    problem = Problem(_LENGTH.value, chunk, s.key_dim, s.value_dim)
+    problem = Problem(_LENGTH.value, chunk, s.key_dim, s.value_dim, _DTYPE.value)
     parts = []
     for launch in launches:
         kernel, path = kernels[launch.kernel], folder / "kernel"

@@ -56,12 +56,10 @@ def kernels(operator) -> list[str]:
 
 # Sizes of the GPU kernels to try, beside what they choose themselves.
 KDA_GPU_SIZES = (
-    *(
-        {"value_block": value, "key_block": key}
-        for value, key in ((64, 128), (32, 128), (16, 128), (32, 64), (32, 32))
-    ),
+    *({"value_block": width} for width in (16, 32, 64)),
+    *({"key_block": width} for width in (16, 32, 64, 128)),
     *({"carry_warps": warps} for warps in (4, 8)),
-    *({"transpose_warps": warps} for warps in (1, 2, 8)),
+    *({"transpose_warps": warps} for warps in (2, 4, 8)),
 )
 
 

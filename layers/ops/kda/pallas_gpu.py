@@ -1,29 +1,27 @@
 """KDA by Pallas kernels for GPU (Triton), forward and backward: chunks in parallel, then in turn.
 
 A pass over a row is sequential and a GPU is wide: one program a head would leave most of an H200's
-132 processors idle at 16 to 96 heads. So each pass is cut up. `score` and `prepare` take all chunks
+132 processors idle at 16 to 96 heads. So each pass is cut up. `score` and `solve` take all chunks
 of all heads at once and do whatever does not need the state: decays, scores, the inverse. Then
 `advance` carries the state from chunk to chunk with few and short products, and splits it by
 columns, which never meet, so that about one program a processor runs. Outputs are made there too:
 to make them in another parallel kernel would write and read a state a chunk, K*V/C numbers a token.
-The backward pass runs the first two again, `retreat` carries the gradient of the state backwards,
-and `transpose` takes all chunks at once, some key channels a program. No sum is shared between
-programs, so that runs repeat to the bit.
+Backwards, `decay` makes the decays again, `retreat` carries the gradient of the state, `pairs` the
+gradients of scores and values, and `transpose` those of all else, some key channels a program. No
+sum is shared between programs, so that runs repeat to the bit.
 
-Bytes of the forward pass, a token and head, K=V=128, C=64, bfloat16: inputs, twice, 2312; L 512 and
-what is handed to `advance` 2304, written and read; outputs 256: 5.4 kB or 1.25 ns at 4.3 TB/s,
-against 184 kFLOP or 0.23 ns at 790 TFLOP/s. W and U are handed on instead of the inverse and v, 10%
-more bytes, because that leaves two products instead of three on the way from state to state. L goes
-through memory because a kernel that makes and inverts it needs more than a thread's 255 registers
-and spills kilobytes. Forward for a backward pass adds what is saved:
-states and writes, 2*K*V/C + 2*V bytes.
+Bytes of the forward pass, a token and head, K=V=128, C=64, bfloat16: inputs 1028, and v and beta
+260; L 512 and b 512, written and read; what is handed to `advance` 2320, written and read; outputs
+256: 4.9 kB or 1.14 ns at 4.3 TB/s, against 609 kFLOP or 0.77 ns at 790 TFLOP/s, two thirds of them
+thrown away. W and U are handed on instead of the inverse and v, 10% more bytes, because that leaves
+two products instead of three on the way from state to state. L goes through memory because a kernel
+that makes and inverts it needs more than a thread's 255 registers and spills kilobytes. A backward
+pass is saved states and writes, 2*K*V/C + 2*V bytes, and P and the inverse, 4*C.
 
-Large products run in bfloat16 where q does, other scores and their gradients in TF32, the inverse
-in three TF32 parts; with float32 inputs all products are of three parts. Kernels are in
+Products run in bfloat16 where q does, sums of decays in two bfloat16 parts, the inverse in three
+TF32 parts; with float32 inputs all products are of three parts. Kernels are in
 `pallas_gpu_kernels.py`. K and V are padded to powers of two. No GPU has run or timed this: sizes
-were chosen by the machine code that XLA makes for an H200 (`bench/gpu_schedule.py`). By it, what 16
-rows need is little enough for one warp: of four, each does much that the others do too, and they
-wait for each other.
+were chosen by the machine code that XLA makes for an H200 (`bench/gpu_schedule.py`).
 
 Source: Kimi Linear report, section 3.
 """

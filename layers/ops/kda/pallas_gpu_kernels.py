@@ -14,8 +14,8 @@ from . import pallas_gpu_chunk as blocks
 from .pallas import dot
 
 ROWS = blocks.ROWS
-# Channels that a program holds at once: more would not fit into registers.
-_PART = 64
+# Bytes of a token's channels that a program holds at once: more would not fit into registers.
+_PART = 128
 _LOG2_E = 1.4426950408889634
 
 
@@ -44,6 +44,11 @@ class Plan(NamedTuple):
     dtype: jnp.dtype  # of q: what large products run in
     tuning: Tuning
     interpret: bool
+
+    @property
+    def part(self) -> int:
+        """Channels that a program holds at once."""
+        return _PART // self.dtype.itemsize
 
     @property
     def to(self) -> blocks.Precision:
@@ -116,7 +121,7 @@ def score(plan: Plan, packed: bool, *refs):
     sums, q, k, g, beta, *refs = refs
     marks = _marks(refs, packed)
     reads, overlaps, *ends, b_start = refs
-    width = min(plan.key, _PART)
+    width = min(plan.key, plan.part)
 
     def channels(j, carry):
         part = pl.ds(j * width, width)
@@ -166,9 +171,9 @@ def solve(plan: Plan, save: bool, *refs):
 
         jax.lax.fori_loop(0, out.shape[1] // width, columns, 0)
 
-    rows(min(plan.key, _PART), lambda *at: b_start[at], w)
+    rows(min(plan.key, plan.part), lambda *at: b_start[at], w)
     rows(
-        min(plan.value, _PART),
+        min(plan.value, plan.part),
         lambda at, part: beta[at][:, None] * v[at, part].astype(jnp.float32),
         u,
     )
@@ -187,7 +192,7 @@ def decay(plan: Plan, packed: bool, *refs):
     sums, q, k, g, beta, inverse, *refs = refs
     marks = _marks(refs, packed)
     *ends, w = refs
-    width = min(plan.key, _PART)
+    width = min(plan.key, plan.part)
 
     def channels(j, carry):
         part = pl.ds(j * width, width)
@@ -253,19 +258,34 @@ def pairs(plan: Plan, packed: bool, *refs):
     v, beta, do, dr, delta, *refs = refs
     marks = _marks(refs, packed)
     dreads, doverlaps, diagonal, dv, dbeta = refs
-    writes, outs, sides = delta[...], do[...], dr[...].astype(jnp.float32)
+    width = min(plan.value, 2 * plan.part)
 
-    def both(rows, columns, scale, out):
-        x = blocks.below(_large(plan, rows, writes, "nt"), _large(plan, writes, columns, "nt"))
-        out[...] = blocks.same(scale * x, marks.number).astype(out.dtype)
+    def columns(j, carry):
+        dread, doverlap, itself, from_v = carry
+        part = pl.ds(j * width, width)
+        writes, outs, sides = delta[:, part], do[:, part], dr[:, part].astype(jnp.float32)
 
-    both(outs, outs, plan.scale, dreads)
-    products = outs.astype(jnp.float32) * writes.astype(jnp.float32)
-    diagonal[...] = plan.scale * jnp.sum(products, axis=1)
-    dbeta[...] = jnp.sum(v[...].astype(jnp.float32) * sides, axis=1)
-    values = beta[:][:, None] * sides
-    dv[...] = values.astype(dv.dtype)
-    both(sides, values, -1.0, doverlaps)
+        def both(rows, columns):
+            lower, upper = (rows, writes), (writes, columns)
+            return blocks.below(*(_large(plan, x, y, "nt") for x, y in (lower, upper)))
+
+        values = beta[:][:, None] * sides
+        dv[:, part] = values.astype(dv.dtype)
+        products = outs.astype(jnp.float32) * writes.astype(jnp.float32)
+        return (
+            dread + both(outs, outs),
+            doverlap - both(sides, values),
+            itself + jnp.sum(products, axis=1),
+            from_v + jnp.sum(v[:, part].astype(jnp.float32) * sides, axis=1),
+        )
+
+    none, zero = jnp.zeros(plan.chunk, jnp.float32), jnp.zeros((plan.chunk,) * 2, jnp.float32)
+    steps = plan.value // width
+    *found, itself, from_v = jax.lax.fori_loop(0, steps, columns, (zero, zero, none, none))
+    dread, doverlap = (blocks.same(x, marks.number) for x in found)
+    dreads[...] = (plan.scale * dread).astype(dreads.dtype)
+    doverlaps[...] = doverlap.astype(doverlaps.dtype)
+    diagonal[...], dbeta[...] = plan.scale * itself, from_v
 
 
 def transpose(plan: Plan, packed: bool, *refs):

@@ -64,8 +64,17 @@ def test_kda_at_published_widths(compiled, kind, chunk_size):
     arrays, _ = draw_heads(256, heads=4, value_heads=4, key=s.key_dim, value=s.value_dim)
     call = functools.partial(run, chunk_size=chunk_size, implementation="pallas_gpu")
     program = compiled(kind, both_passes(lambda *a: call(a)), *low_precision(arrays))
-    # score and prepare, twice; advance, retreat, transpose.
+    # score, solve, advance; decay, retreat, pairs, transpose.
     assert kernels(program) == 7
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kda_of_the_widest_heads(compiled, dtype):
+    """What they take of shared memory."""
+    arrays, _ = draw_heads(128, key=256, value=256)
+    arrays = low_precision(arrays) if dtype == jnp.bfloat16 else arrays
+    call = functools.partial(run, chunk_size=64, implementation="pallas_gpu")
+    assert kernels(compiled("h200", both_passes(lambda *a: call(a)), *arrays)) == 7
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -53,7 +53,7 @@ class TestLowering:
         args = arrays, cotangents
         if batched:
             both, args = jax.vmap(both), jax.tree.map(lambda x: x[None], args)
-        # score and prepare, twice; advance, retreat, transpose.
+        # score, solve, advance; decay, retreat, pairs, transpose.
         assert lower_for_cuda(both, *args).count(TRITON) == 7
 
     def test_one_token_is_one_kernel_in_place(self):
