@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -12,6 +13,12 @@ from ..errors import InputError
 
 _MODEL = flags.DEFINE_string("model", None, "A training workdir; required.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; the newest if not given.")
+_SET = flags.DEFINE_multi_string(
+    "set",
+    [],
+    "Change how the model runs: field=value, such as scan_layers=False (faster on a CPU or a GPU, "
+    "slower to compile) or decode_implementation=pallas_gpu. May be repeated.",
+)
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat for a batch.")
 _CHAT = flags.DEFINE_bool(
     "chat", False, "Each prompt is a message, which the model answers by its chat template."
@@ -116,7 +123,7 @@ def main(argv: list[str]) -> None:
         # After flag parsing, so that --help answers at once.
         from ..model import load
 
-        model = load(_MODEL.value, step=_STEP.value)
+        model = load(_MODEL.value, step=_STEP.value, run=_ways())
         if _METHOD.value == "sample":
             _sample(model)
         elif _METHOD.value == "beam":
@@ -128,6 +135,17 @@ def main(argv: list[str]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _ways() -> dict[str, Any]:
+    """The changes of --set."""
+    words, found = {"true": True, "false": False, "none": None}, {}
+    for setting in _SET.value:
+        name, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise InputError(f"--set={setting}: write it as field=value")
+        found[name] = int(text) if text.isdecimal() else words.get(text.lower(), text)
+    return found
 
 
 def _check_flags() -> None:

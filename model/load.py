@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from .generation_defaults import GenerationDefaults
 from .handle import Model
 from .int8 import as_stored, is_int8
 from .published import is_published, open_published, read_config
-from .registry import config_from_dict, with_dtype
+from .registry import config_from_dict, run_as, with_dtype
 from .retrofit import build, retrofits_from_list
 
 
@@ -34,6 +34,7 @@ def load(
     rules: AxisRules | None = None,
     dtype: str | None = None,
     param_dtype: str | None = None,
+    run: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Model:
     """A model, its tokenizer and its generation defaults.
@@ -48,22 +49,27 @@ def load(
         rules: how; the defaults if None.
         dtype: compute dtype, ``"float32"`` or ``"bfloat16"``; as trained or published if None.
         param_dtype: of the parameters; as stored if None.
+        run: fields of its configuration that say how it runs, and not what it is, to change:
+            ``{"scan_layers": False, "decode_implementation": "pallas_gpu"}``. With its layers
+            apart (``scan_layers=False``) a model decodes faster on a CPU and on a GPU; a published
+            one is read that way, a workdir's is taken apart once it is read.
         progress: called with a number of parameters whenever as many have been read.
 
     Raises:
-        InputError: there is no readable model, or it does not fit the mesh.
+        InputError: there is no readable model, it does not fit the mesh, or does not run that way.
     """
     directory = locate(path)
     if is_published(directory):
         _refuse_choice(path, step, ema)
         return open_published(
-            directory, mesh=mesh, rules=rules, dtype=dtype, param_dtype=param_dtype
+            directory, mesh=mesh, rules=rules, dtype=dtype, param_dtype=param_dtype, run=run
         ).load(progress)
-    model = _open_workdir(directory, step, ema, mesh, rules, dtype, param_dtype)
+    model = _open_workdir(directory, step, ema, mesh, rules, dtype, param_dtype, run)
     params = restore_params(directory, model.params, step=step, ema=ema)
     if progress is not None:
         progress(sum(x.size for x in jax.tree.leaves(params)))
-    return dataclasses.replace(model, params=params)
+    model = dataclasses.replace(model, params=params)
+    return model.unrolled() if (run or {}).get("scan_layers") is False else model
 
 
 def open_lazily(path: epath.PathLike, *, step: int | None = None, ema: bool = False) -> Model:
@@ -146,14 +152,23 @@ def _open_workdir(
     rules: AxisRules | None = None,
     dtype: str | None = None,
     param_dtype: str | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Model:
-    """The model of a workdir with abstract parameters."""
+    """The model of a workdir with abstract parameters, its layers as they are stored."""
     # Each of these falls back from a damaged checkpoint by itself; what describes the model is the
     # same in all checkpoints of a workdir.
     experiment = read_document(directory, "experiment", step)
     config = config_from_dict(experiment["model"])
     if dtype is not None:
         config = with_dtype(config, dtype)
+    stacked = getattr(config, "scan_layers", False)
+    config = run_as(config, run or {})
+    if stacked:
+        config = dataclasses.replace(config, scan_layers=True)
+    elif getattr(config, "scan_layers", False):
+        raise InputError(
+            f"scan_layers=True: {directory} was trained with its layers apart; leave it out"
+        )
     retrofits = retrofits_from_list(experiment.get("retrofits", []))
     rules = rules or AxisRules()
     trees = read_document(directory, "checkpoint", step)["trees"]

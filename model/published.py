@@ -33,7 +33,7 @@ from .exchange import (
 from .exchange.write import json_text
 from .generation_defaults import GenerationDefaults
 from .handle import Model
-from .registry import FAMILIES, build_model, family_of, with_dtype
+from .registry import FAMILIES, build_model, family_of, run_as, with_dtype
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -97,6 +97,7 @@ def open_published(
     rules: AxisRules | None = None,
     dtype: str | None = None,
     param_dtype: str | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> PublishedModel:
     """Read everything about a published model but its weights.
 
@@ -106,6 +107,7 @@ def open_published(
         rules: how; the defaults if None.
         dtype: compute dtype; bfloat16 for models published in 16 bits if None.
         param_dtype: of the parameters; each as it is stored if None.
+        run: changes of how it runs, as :func:`.registry.run_as` takes them.
 
     Raises:
         InputError: a family or an option that is not here, weights that do not fit the
@@ -115,6 +117,7 @@ def open_published(
     config, published, contents = read_config(directory)
     if dtype is not None:
         config = with_dtype(config, dtype)
+    config = run_as(config, run or {})
     rules = rules or AxisRules()
     graphdef, shapes, axes = abstract(lambda key: build_model(config, key))
     places = None if mesh is None else shardings(shapes, axes, mesh, rules)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -85,6 +86,37 @@ def with_dtype(config: Any, dtype: str) -> Any:
         name: with_dtype(getattr(config, name), dtype) for name in getattr(config, "PARTS", ())
     }
     return dataclasses.replace(config, dtype=dtype, **parts)
+
+
+def run_as(config: Any, changes: Mapping[str, Any]) -> Any:
+    """The configuration of the same model, run in another way.
+
+    Args:
+        config: of any family.
+        changes: fields that say how a model runs, and not what it is: ``scan_layers``, ``remat``,
+            ``kda_chunk_size`` and the names of implementations.
+
+    Raises:
+        InputError: another field, or a value that the family refuses.
+    """
+    ways = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name in ("scan_layers", "remat", "kda_chunk_size")
+        or field.name.endswith("_implementation")
+    ]
+    for name, value in changes.items():
+        if name not in ways:
+            raise InputError(
+                f"{name}={value!r} does not say how a {family_of(config)} model runs; what does: "
+                f"{', '.join(ways) or 'nothing'}"
+            )
+        hint = typing.get_type_hints(type(config))[name]
+        # A bool is an int to Python.
+        if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+            wanted = getattr(hint, "__name__", None) or str(hint)
+            raise InputError(f"{name}={value!r} cannot be used; {name} wants {wanted}")
+    return dataclasses.replace(config, **changes)
 
 
 def build_model(config: Any, key: jax.Array) -> nnx.Module:

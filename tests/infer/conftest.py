@@ -21,7 +21,7 @@ def command_line(monkeypatch, capsys):
     from jaxalope.infer import __main__ as cli
 
     def of(model):
-        monkeypatch.setattr(jaxalope.model, "load", lambda path, step=None: model)
+        monkeypatch.setattr(jaxalope.model, "load", lambda path, step=None, run=None: model)
 
         def call(*arguments):
             with flagsaver.flagsaver():

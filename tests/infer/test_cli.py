@@ -71,6 +71,20 @@ def test_methods(run, arguments, reported):
     assert reported in found.err
 
 
+def test_a_model_is_run_as_set(model, run, monkeypatch):
+    asked = []
+
+    def load(path, step=None, run=None):
+        asked.append(run)
+        return model
+
+    plain = run("--prompt=ab").out
+    monkeypatch.setattr(jaxalope.model, "load", load)
+    ways = ("--set=scan_layers=False", "--set=kda_chunk_size=32", "--set=remat=full")
+    assert run("--prompt=ab", *ways).out == plain
+    assert asked == [{"scan_layers": False, "kda_chunk_size": 32, "remat": "full"}]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -83,6 +97,7 @@ def test_methods(run, arguments, reported):
         (["--stream", "--num_samples=2"], "--stream"),
         (["--alpha=2"], "--alpha is for --method=power or smc or lookahead, not sample"),
         (["--draft_tokens=2"], "--draft_tokens is for --draft"),
+        (["--set=scan_layers"], "--set=scan_layers: write it as field=value"),
     ],
 )
 def test_bad_input_is_one_line(run, capsys, arguments, words):
