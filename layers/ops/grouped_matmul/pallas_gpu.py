@@ -7,6 +7,10 @@ of the next group is masked. The list of tiles is made from the sizes of the gro
 as it can get: M / tile + E + 1. The rows past the last group are a group more, of zeros.
 
 The gradient of the weights is one program for each tile of a weight, over the rows of its group.
+
+The first axis of a grid runs fastest on a GPU: programs that run together have the same rows, all
+columns of them, or the same group, all tiles of its weight. So rows are read from HBM about once,
+and the rest from L2, which holds what a few tiles of rows share but not all rows of a batch.
 """
 
 from __future__ import annotations
@@ -87,7 +91,7 @@ def _tiles(group_sizes: jax.Array, num_rows: int, side: int) -> jax.Array:
 
 def _rows_kernel(plan: Plan, turned: bool, tiles, x, w, y):
     """One tile of ``x @ w[group]``, or of ``x @ w[group].T`` where `turned`."""
-    tile, side = pl.program_id(0), pl.program_id(1) * plan.columns
+    tile, side = pl.program_id(1), pl.program_id(0) * plan.columns
     group, first, end = (tiles[i, tile] for i in range(3))
     depth, width = x.shape[1], y.shape[1]
     rows = pl.ds(first, plan.rows)
@@ -112,10 +116,10 @@ def _rows_kernel(plan: Plan, turned: bool, tiles, x, w, y):
 
 def _weights_kernel(plan: Plan, bounds, x, dy, dw):
     """One tile of ``x[rows of the group].T @ dy[rows of the group]``."""
-    group = pl.program_id(0)
+    group = pl.program_id(2)
     first, end = bounds[0, group], bounds[1, group]
-    features, inside = _span(pl.program_id(1) * plan.rows, plan.rows, x.shape[1])
-    columns, within = _span(pl.program_id(2) * plan.columns, plan.columns, dy.shape[1])
+    features, inside = _span(pl.program_id(0) * plan.rows, plan.rows, x.shape[1])
+    columns, within = _span(pl.program_id(1) * plan.columns, plan.columns, dy.shape[1])
 
     def add(step, acc):
         start = first + step * plan.depth
@@ -181,7 +185,7 @@ def _to_rows(x, w, group_sizes, *, turned: bool, interpret: bool):
     return _call(
         plan,
         functools.partial(_rows_kernel, plan, turned),
-        (tiles.shape[1], pl.cdiv(width, plan.columns)),
+        (pl.cdiv(width, plan.columns), tiles.shape[1]),
         jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
         "grouped_matmul_to_rows" if turned else "grouped_matmul",
         tiles,
@@ -201,7 +205,7 @@ def _to_weights(x, dy, group_sizes, dtype, *, interpret: bool):
     return _call(
         plan,
         functools.partial(_weights_kernel, plan),
-        (shape[0], pl.cdiv(shape[1], plan.rows), pl.cdiv(shape[2], plan.columns)),
+        (pl.cdiv(shape[1], plan.rows), pl.cdiv(shape[2], plan.columns), shape[0]),
         out,
         "grouped_matmul_to_weights",
         jnp.stack([ends - group_sizes.astype(jnp.int32), ends]),
