@@ -13,8 +13,8 @@ from ..errors import InputError
 
 _MODEL = flags.DEFINE_string("model", None, "A training workdir; required.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; the newest if not given.")
-_SET = flags.DEFINE_multi_string(
-    "set",
+_RUN = flags.DEFINE_multi_string(
+    "run",
     [],
     "Change how the model runs: field=value, such as scan_layers=False (faster on a CPU or a GPU, "
     "slower to compile) or decode_implementation=pallas_gpu. May be repeated.",
@@ -138,12 +138,12 @@ def main(argv: list[str]) -> None:
 
 
 def _ways() -> dict[str, Any]:
-    """The changes of --set."""
+    """The changes of --run."""
     words, found = {"true": True, "false": False, "none": None}, {}
-    for setting in _SET.value:
+    for setting in _RUN.value:
         name, equals, text = (part.strip() for part in setting.partition("="))
         if not equals:
-            raise InputError(f"--set={setting}: write it as field=value")
+            raise InputError(f"--run={setting}: write it as field=value")
         found[name] = int(text) if text.isdecimal() else words.get(text.lower(), text)
     return found
 

@@ -71,7 +71,7 @@ def test_methods(run, arguments, reported):
     assert reported in found.err
 
 
-def test_a_model_is_run_as_set(model, run, monkeypatch):
+def test_a_model_runs_as_it_is_told(model, run, monkeypatch):
     asked = []
 
     def load(path, step=None, run=None):
@@ -80,7 +80,7 @@ def test_a_model_is_run_as_set(model, run, monkeypatch):
 
     plain = run("--prompt=ab").out
     monkeypatch.setattr(jaxalope.model, "load", load)
-    ways = ("--set=scan_layers=False", "--set=kda_chunk_size=32", "--set=remat=full")
+    ways = ("--run=scan_layers=False", "--run=kda_chunk_size=32", "--run=remat=full")
     assert run("--prompt=ab", *ways).out == plain
     assert asked == [{"scan_layers": False, "kda_chunk_size": 32, "remat": "full"}]
 
@@ -97,7 +97,7 @@ def test_a_model_is_run_as_set(model, run, monkeypatch):
         (["--stream", "--num_samples=2"], "--stream"),
         (["--alpha=2"], "--alpha is for --method=power or smc or lookahead, not sample"),
         (["--draft_tokens=2"], "--draft_tokens is for --draft"),
-        (["--set=scan_layers"], "--set=scan_layers: write it as field=value"),
+        (["--run=scan_layers"], "--run=scan_layers: write it as field=value"),
     ],
 )
 def test_bad_input_is_one_line(run, capsys, arguments, words):
