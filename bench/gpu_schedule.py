@@ -49,15 +49,14 @@ from collections.abc import Sequence
 import cubin
 import hlo
 import jax
-import jax.numpy as jnp
 import problems
 import report
 import sass
 from absl import app, flags
 
 from jaxalope.layers.ops import tuning
-from jaxalope.layers.ops.kda import kda_step
-from jaxalope.layers.ops.kda.pallas_gpu import power_of_two
+from jaxalope.layers.ops.kda import kda_step, pallas_gpu
+from jaxalope.layers.ops.kda.pallas_gpu_kernels import Plan
 from jaxalope.layers.ops.kda.shapes import SHAPES
 from jaxalope.sharding import absent_devices
 
@@ -92,22 +91,18 @@ _TURNS = {
     ("kda_pairs", "L0"): lambda p: (p.value_parts / 2,),
     ("kda_transpose", "L0"): lambda p: (p.levels,),
 }
-_PART = 128  # bytes of channels that a program takes at once
 
 
 class Problem:
     """What decides how often loops turn."""
 
-    def __init__(self, length: int, chunk: int, key: int, value: int, dtype: str):
-        chunk = min(chunk, 64)
-        self.chunks = length / chunk
-        self.levels = chunk.bit_length() - 1
-        key, value = power_of_two(key), power_of_two(value)
-        part = _PART // jnp.dtype(dtype).itemsize
-        self.parts, self.value_parts = (x / min(part, x) for x in (key, value))
+    def __init__(self, length: int, plan: Plan):
+        self.chunks = length / plan.chunk
+        self.levels = plan.chunk.bit_length() - 1
+        self.parts, self.value_parts = (x / min(plan.part, x) for x in (plan.key, plan.value))
 
 
-def turns(name: str, code: sass.Code, problem: Problem) -> tuple[float, ...]:
+def turns(name: str, code: sass.Code, problem: Problem | None) -> tuple[float, ...]:
     """A number for each region of a kernel.
 
     Raises:
@@ -250,7 +245,11 @@ def measure(device, name: str, chunk: int, sizes: dict, folder: pathlib.Path, to
     computations, entry = hlo.parse(compiled.as_text())
     tasks = _BATCH.value * s.num_value_heads
     tasks *= 1 if name == "decode" else _LENGTH.value / 64
-    problem = Problem(_LENGTH.value, chunk, s.key_dim, s.value_dim, _DTYPE.value)
+    # A kernel for one token has no loops.
+    problem = None
+    if name != "decode":
+        plan = pallas_gpu.plan(arrays[0], arrays[2], 1.0, chunk, interpret=False)
+        problem = Problem(_LENGTH.value, plan)
     parts = []
     for launch in launches:
         kernel, path = kernels[launch.kernel], folder / "kernel"

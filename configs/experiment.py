@@ -13,11 +13,11 @@ from typing import Any
 
 from ..data.config import DataConfig
 from ..errors import InputError
+from ..model import fields
 from ..model.load import saved_config
 from ..model.registry import config_from_dict, config_to_dict
 from ..model.retrofit import AnyRetrofit, DecodingHeadsConfig
 from ..sharding import AxisRules, MeshConfig
-from . import fields
 from .checks import require
 from .objectives import AutoDeco, NextToken, Objective, check_decoding
 from .optimizers import WSD, Muon, Optimizer, Schedule

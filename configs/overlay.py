@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import InputError
-from . import fields
+from ..model import fields
 from .experiment import with_part
 
 

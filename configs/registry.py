@@ -9,7 +9,8 @@ from collections.abc import Callable
 from etils import epath
 
 from ..errors import InputError
-from . import autodeco, calm, dlm_crossover, fields, gemma2, gpt_neox, kimi_linear, llada, lora
+from ..model import fields
+from . import autodeco, calm, dlm_crossover, gemma2, gpt_neox, kimi_linear, llada, lora
 from .experiment import Experiment, experiment_from_dict
 
 # Every named experiment is a function without arguments, listed here under its own name.

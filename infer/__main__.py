@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-from typing import Any
 
 from absl import app, flags, logging
 
@@ -137,14 +136,14 @@ def main(argv: list[str]) -> None:
         sys.exit(2)
 
 
-def _ways() -> dict[str, Any]:
+def _ways() -> dict[str, str]:
     """The changes of --run."""
-    words, found = {"true": True, "false": False, "none": None}, {}
+    found = {}
     for setting in _RUN.value:
-        name, equals, text = (part.strip() for part in setting.partition("="))
+        name, equals, text = setting.partition("=")
         if not equals:
             raise InputError(f"--run={setting}: write it as field=value")
-        found[name] = int(text) if text.isdecimal() else words.get(text.lower(), text)
+        found[name.strip()] = text.strip()
     return found
 
 

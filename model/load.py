@@ -65,11 +65,16 @@ def load(
             directory, mesh=mesh, rules=rules, dtype=dtype, param_dtype=param_dtype, run=run
         ).load(progress)
     model = _open_workdir(directory, step, ema, mesh, rules, dtype, param_dtype, run)
+    apart = run_as(model.config, run or {}) != model.config
+    if apart and not model.config.scan_layers:
+        raise InputError(
+            f"scan_layers=True: {directory} was trained with its layers apart; leave it out"
+        )
     params = restore_params(directory, model.params, step=step, ema=ema)
     if progress is not None:
         progress(sum(x.size for x in jax.tree.leaves(params)))
     model = dataclasses.replace(model, params=params)
-    return model.unrolled() if (run or {}).get("scan_layers") is False else model
+    return model.unrolled() if apart else model
 
 
 def open_lazily(path: epath.PathLike, *, step: int | None = None, ema: bool = False) -> Model:
@@ -161,14 +166,8 @@ def _open_workdir(
     config = config_from_dict(experiment["model"])
     if dtype is not None:
         config = with_dtype(config, dtype)
-    stacked = getattr(config, "scan_layers", False)
-    config = run_as(config, run or {})
-    if stacked:
-        config = dataclasses.replace(config, scan_layers=True)
-    elif getattr(config, "scan_layers", False):
-        raise InputError(
-            f"scan_layers=True: {directory} was trained with its layers apart; leave it out"
-        )
+    # Whether layers are scanned is as they are stored.
+    config = run_as(config, {name: x for name, x in (run or {}).items() if name != "scan_layers"})
     retrofits = retrofits_from_list(experiment.get("retrofits", []))
     rules = rules or AxisRules()
     trees = read_document(directory, "checkpoint", step)["trees"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from ..errors import InputError
 from . import (
     calm_autoencoder_weights,
     calm_weights,
+    fields,
     gemma2_weights,
     gpt_neox_weights,
     kimi_linear_weights,
@@ -94,7 +94,8 @@ def run_as(config: Any, changes: Mapping[str, Any]) -> Any:
     Args:
         config: of any family.
         changes: fields that say how a model runs, and not what it is: ``scan_layers``, ``remat``,
-            ``kda_chunk_size`` and the names of implementations.
+            ``kda_chunk_size`` and the names of implementations. A text is read as ``--set`` of a
+            run reads it.
 
     Raises:
         InputError: another field, or a value that the family refuses.
@@ -105,18 +106,16 @@ def run_as(config: Any, changes: Mapping[str, Any]) -> Any:
         if field.name in ("scan_layers", "remat", "kda_chunk_size")
         or field.name.endswith("_implementation")
     ]
+    for name in changes.keys() - set(ways):
+        raise InputError(
+            f"{name}={changes[name]!r} does not say how a {family_of(config)} model runs; what "
+            f"does: {', '.join(ways) or 'nothing'}"
+        )
+    hints, read = fields.field_types(type(config)), {}
     for name, value in changes.items():
-        if name not in ways:
-            raise InputError(
-                f"{name}={value!r} does not say how a {family_of(config)} model runs; what does: "
-                f"{', '.join(ways) or 'nothing'}"
-            )
-        hint = typing.get_type_hints(type(config))[name]
-        # A bool is an int to Python.
-        if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-            wanted = getattr(hint, "__name__", None) or str(hint)
-            raise InputError(f"{name}={value!r} cannot be used; {name} wants {wanted}")
-    return dataclasses.replace(config, **changes)
+        reader = fields.from_text if isinstance(value, str) else fields.from_json
+        read[name] = reader(value, hints[name], name)
+    return dataclasses.replace(config, **read)
 
 
 def build_model(config: Any, key: jax.Array) -> nnx.Module:
@@ -142,9 +141,7 @@ def config_from_dict(values: dict[str, Any]) -> Any:
     config_type = FAMILIES[family].config
     known = {field.name for field in dataclasses.fields(config_type)}
     for name in values.keys() - known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"model.{name} is no field of {family!r}{hint}")
+        raise InputError(f"model.{name} is no field of {family!r}{fields.nearest(name, known)}")
     hints = typing.get_type_hints(config_type)
     return config_type(**{name: _from_json(v, hints[name]) for name, v in values.items()})
 

@@ -82,7 +82,7 @@ def test_a_model_runs_as_it_is_told(model, run, monkeypatch):
     monkeypatch.setattr(jaxalope.model, "load", load)
     ways = ("--run=scan_layers=False", "--run=kda_chunk_size=32", "--run=remat=full")
     assert run("--prompt=ab", *ways).out == plain
-    assert asked == [{"scan_layers": False, "kda_chunk_size": 32, "remat": "full"}]
+    assert asked == [{"scan_layers": "False", "kda_chunk_size": "32", "remat": "full"}]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How MLA's cache is read and experts are multiplied are fields of the configuration."""
+"""How a model runs: fields of its configuration, which can be given when it is read."""
 
 import dataclasses
 import functools
@@ -9,13 +9,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxalope
 import jaxalope.layers.ops.latent_decode as latent_decode
 from jaxalope.errors import InputError
+from jaxalope.model import Model, build_model
 from jaxalope.model.kimi_linear import KimiLinear, KimiLinearConfig
 from jaxalope.model.kimi_linear_weights import config_to_published
 from jaxalope.model.registry import config_from_dict, config_to_dict
+from jaxalope.sharding import init_params
 
 FIELDS = ("decode_implementation", "expert_implementation")
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = KimiLinearConfig.tiny()
+    graphdef, params = init_params(lambda key: build_model(config, key), jax.random.key(0))
+    return Model(config, graphdef, params)
 
 
 def named(name, field="decode_implementation"):
@@ -72,3 +82,38 @@ def test_configurations_saved_before_are_read(field):
 @pytest.mark.parametrize("field", FIELDS)
 def test_published_configurations_do_not_name_it(field):
     assert config_to_published(named("pallas_gpu", field)) == config_to_published(named(None))
+
+
+class TestRunningOtherwise:
+    """Fields that say how a model runs, given when it is read."""
+
+    @pytest.mark.parametrize("form", ["hf", "orbax"])
+    def test_as_it_is_told_by_values_or_by_their_text(self, model, tmp_path, form):
+        jaxalope.save(model, tmp_path / "m", form)
+        run = {"scan_layers": False, "kda_chunk_size": 32, "expert_implementation": "xla"}
+        text = {"scan_layers": "false", "kda_chunk_size": "32", "expert_implementation": "xla"}
+        for ways in (run, text):
+            apart = jaxalope.load(tmp_path / "m", run=ways)
+            assert {name: getattr(apart.config, name) for name in run} == run
+            jax.tree.map(np.testing.assert_array_equal, apart.params, model.unrolled().params)
+        named = jaxalope.load(tmp_path / "m", run={"decode_implementation": "reference"})
+        assert named.config.scan_layers and named.config.decode_implementation == "reference"
+        tokens = np.arange(24, dtype=np.int32).reshape(2, 12) % 7
+        logits = [m(tokens)[0] for m in (apart, named)]
+        np.testing.assert_allclose(*logits, atol=1e-5)
+
+    def test_layers_that_are_stored_apart_stay_so(self, model, tmp_path):
+        jaxalope.save(model.unrolled(), tmp_path / "apart", "orbax")
+        with pytest.raises(InputError, match=r"scan_layers=True: .* leave it out"):
+            jaxalope.load(tmp_path / "apart", run={"scan_layers": True})
+
+    def test_what_the_model_is_cannot_be_changed(self, model, tmp_path):
+        jaxalope.save(model, tmp_path / "m")
+        for name, value, words in (
+            ("rms_norm_eps", 1, "does not say how a kimi_linear model runs; what does: .*remat"),
+            ("expert_implementation", "fast", "expert_implementation='fast'"),
+            ("scan_layers", "no", "cannot be used; scan_layers wants"),
+            ("kda_chunk_size", True, "cannot be used; kda_chunk_size wants"),
+        ):
+            with pytest.raises(InputError, match=words):
+                jaxalope.load(tmp_path / "m", run={name: value})

@@ -151,42 +151,6 @@ class TestRoundTrips:
         assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-class TestRunningOtherwise:
-    """Fields that say how a model runs, given when it is read."""
-
-    def test_a_published_model_is_read_with_its_layers_apart(self, folder):
-        run = {"scan_layers": False, "kda_chunk_size": 32, "expert_implementation": "xla"}
-        model, stacked = jaxalope.load(folder, run=run), jaxalope.load(folder)
-        assert model.config == dataclasses.replace(stacked.config, **run)
-        same = stacked.unrolled().params
-        jax.tree.map(np.testing.assert_array_equal, model.params, same)
-        assert jax.tree.structure(model.params) == jax.tree.structure(same)
-        same_bytes(published_tensors(model), read_all(folder))
-
-    def test_a_workdir_is_taken_apart_once_it_is_read(self, model, tmp_path):
-        jaxalope.save(model, tmp_path / "workdir", "orbax")
-        apart = jaxalope.load(tmp_path / "workdir", run={"scan_layers": False})
-        jax.tree.map(np.testing.assert_array_equal, apart.params, model.unrolled().params)
-        named = jaxalope.load(tmp_path / "workdir", run={"decode_implementation": "reference"})
-        assert named.config.scan_layers and named.config.decode_implementation == "reference"
-        logits = [m(IDS)[0] for m in (apart, named)]
-        np.testing.assert_allclose(*logits, atol=1e-5)
-        jaxalope.save(apart, tmp_path / "apart", "orbax")
-        with pytest.raises(InputError, match=r"scan_layers=True: .* leave it out"):
-            jaxalope.load(tmp_path / "apart", run={"scan_layers": True})
-
-    def test_what_the_model_is_cannot_be_changed(self, folder):
-        with pytest.raises(
-            InputError, match=r"rms_norm_eps=1 does not say how a kimi_linear .*remat"
-        ):
-            jaxalope.load(folder, run={"rms_norm_eps": 1})
-        with pytest.raises(InputError, match="expert_implementation='fast'"):
-            jaxalope.load(folder, run={"expert_implementation": "fast"})
-        for name, value in (("scan_layers", "no"), ("kda_chunk_size", True)):
-            with pytest.raises(InputError, match=rf"{name}={value!r} cannot be used; {name} wants"):
-                jaxalope.load(folder, run={name: value})
-
-
 class TestForms:
     def test_head_gains_flat_padded_or_behind_axes(self, folder):
         expected = jaxalope.load(folder)

@@ -1,6 +1,6 @@
 """Values of dataclass fields from JSON and from text, typed by their annotations.
 
-What :mod:`experiment` and :mod:`overlay` share: which types an annotation admits, how a value of
+What configurations of models and of runs share: which types an annotation admits, how a value of
 each is read, and errors that name the field, the value and the type wanted.
 """
 
