@@ -26,6 +26,7 @@ from .. import tuning
 from ..optional import check_triton
 from ..optional import triton as plgpu
 from ..platform import check_floats, only_on
+from ..precision import full
 from .products import Products
 from .shapes import shape_class
 
@@ -157,9 +158,7 @@ def _store(ref, acc, one, other):
 
 
 def _dot(x, y, **turned):
-    # Full float32 for float32; the default would round to TF32.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return plgpu.dot(x, y, precision=precision, **turned)
+    return plgpu.dot(x, y, precision=full(x.dtype), **turned)
 
 
 def _check(x):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from .. import optional, tuning
 from ..platform import by_platform
+from ..precision import as_set
 from .products import Products
 from .xla import cleared
 
@@ -38,6 +39,7 @@ def _on_every_platform(run):
                     x,
                     w,
                     group_sizes,
+                    precision=as_set(x.dtype),
                     preferred_element_type=x.dtype,
                     implementation=implementation,
                 )

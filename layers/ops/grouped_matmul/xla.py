@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 
+from ..precision import as_set
 from .products import Products
 
 # Ragged rows of the left operand, by groups of the right one: [M, D] with [E, D, F], and with the
@@ -37,6 +38,7 @@ def _ragged_dot(a, b, group_sizes, dimensions, dtype):
         b,
         group_sizes,
         ragged_dot_dimension_numbers=dimensions,
+        precision=as_set(a.dtype),
         # Of the result. Sums are float32 whatever it is.
         preferred_element_type=dtype,
     )

@@ -12,6 +12,7 @@ from ....errors import InputError
 from ...segments import segment_index
 from .. import platform
 from ..platform import REMEDY, check_floats
+from ..precision import full
 
 only_on = functools.partial(platform.only_on, operator="kda")
 # Widest head that is compiled for in tests; the state of a head has to stay on the chip.
@@ -19,9 +20,7 @@ MAX_WIDTH = 256
 _CONTRACT = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
 
 
-def dot(
-    x: Array, y: Array, how: str, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST
-) -> Array:
+def dot(x: Array, y: Array, how: str, dtype=jnp.float32, precision=None) -> Array:
     """x y ("nn"), x y^T ("nt") or x^T y ("tn"), summed in float32.
 
     `precision` is that of float32 factors: all of it, unless said otherwise.
@@ -31,7 +30,7 @@ def dot(
         x.astype(dtype),
         y.astype(dtype),
         (((left,), (right,)), ((), ())),
-        precision=precision if dtype == jnp.float32 else None,
+        precision=precision if dtype == jnp.float32 and precision else full(dtype),
         preferred_element_type=jnp.float32,
     )
 

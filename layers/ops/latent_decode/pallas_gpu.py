@@ -25,6 +25,7 @@ from ....errors import InputError
 from ..optional import check_triton
 from ..optional import triton as plgpu
 from ..platform import REMEDY, check_floats, only_on
+from ..precision import full
 from .partial import HIDDEN, combine, part
 
 _on_gpu = only_on("cuda", "pallas_gpu", "latent_decode")
@@ -115,9 +116,7 @@ def _scores(queries, keys):
 
 
 def _dot(x, y, trans_b=False):
-    # Full float32 for float32; the default would round to TF32.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return plgpu.dot(x, y, trans_b=trans_b, precision=precision)
+    return plgpu.dot(x, y, trans_b=trans_b, precision=full(x.dtype))
 
 
 def latent_decode_pallas_gpu(

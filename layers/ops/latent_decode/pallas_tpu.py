@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
 from ..platform import REMEDY, check_floats, only_on
+from ..precision import full
 from .partial import HIDDEN, combine, part
 
 _on_tpu = only_on("tpu", "pallas_tpu", "latent_decode")
@@ -140,7 +141,7 @@ def _dot(x, y, side: int):
         x,
         y,
         (((1,), (side,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        precision=full(x.dtype),
         preferred_element_type=jnp.float32,
     )
 

@@ -9,6 +9,13 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Oracles in float32 are that on accelerators too; kernels say themselves what they want."""
+    with jax.default_matmul_precision(None if jax.default_backend() == "cpu" else "highest"):
+        yield
+
+
 @pytest.fixture
 def absent_tpu(absent_slice):
     """``absent_tpu(topology)``: a chip of a slice that is not there. Needs libtpu, and no TPU."""

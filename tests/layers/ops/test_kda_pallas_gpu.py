@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import kda_cases
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from chips import lowered
 from kda_cases import close, draw_heads, low_precision, value_and_grads
 
 from jaxalope.errors import InputError
@@ -17,15 +17,6 @@ from jaxalope.layers.ops.kda import kda, kda_step, pallas_gpu, step
 
 run = functools.partial(kda_cases.run, implementation="pallas_gpu")
 TRITON = "__gpu$xla.gpu.triton"
-
-
-def lower_for_cuda(function, *args) -> str:
-    """StableHLO for a GPU that this host does not have."""
-    # Newer versions of jax ask which GPU, older ones take it for an H100.
-    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
-    auto = (jax.sharding.AxisType.Auto,)
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), auto, abstract_device=gpu)):
-        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -54,13 +45,13 @@ class TestLowering:
         if batched:
             both, args = jax.vmap(both), jax.tree.map(lambda x: x[None], args)
         # score, solve, advance; decay, retreat, pairs, transpose.
-        assert lower_for_cuda(both, *args).count(TRITON) == 7
+        assert lowered(both, *args, platform="cuda").count(TRITON) == 7
 
     def test_one_token_is_one_kernel_in_place(self):
         arrays, _ = draw_heads(1, heads=2, value_heads=4, key=128, value=128)
-        lowered = lower_for_cuda(run, arrays)
-        assert lowered.count(TRITON) == 1
-        assert "output_operand_alias" in lowered
+        text = lowered(run, arrays, platform="cuda")
+        assert text.count(TRITON) == 1
+        assert "output_operand_alias" in text
 
 
 def test_another_platform_is_named_when_lowering():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import kda_cases
 import numpy as np
 import pytest
+from chips import lowered
 from kda_cases import close, draw_heads, relative_rms, value_and_grads
 
 from jaxalope.errors import InputError
@@ -25,8 +26,7 @@ def test_another_platform_is_named_when_lowering():
     for call in (run, jax.jit(run), jax.grad(lambda a: jnp.sum(run(a)[0]))):
         with pytest.raises(InputError, match='"pallas_tpu" is being lowered for cpu: use impl'):
             call(arrays)
-    lowered = jax.jit(run).trace(arrays).lower(lowering_platforms=("tpu",))
-    assert lowered.as_text().count("tpu_custom_call") == 1
+    assert lowered(run, arrays, platform="tpu").count("tpu_custom_call") == 1
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
