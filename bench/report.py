@@ -52,9 +52,12 @@ def facts(**more) -> dict:
 
 
 def alternate(
-    sides: Mapping[str, Callable[[], object]], turns: int, warm_up: int = 1
+    sides: Mapping[str, Callable[[], object]], turns: int, warm_up: int = 1, calls: int = 1
 ) -> dict[str, np.ndarray]:
-    """Wall seconds ``[turns]`` of every side, run in turns so that drift hits all alike."""
+    """Wall seconds ``[turns]`` of every side, run in turns so that drift hits all alike.
+
+    A side's turn is so many calls that are waited for together; the seconds are those of one.
+    """
     for run in sides.values():
         for _ in range(warm_up):
             jax.block_until_ready(run())
@@ -62,9 +65,20 @@ def alternate(
     for _ in range(turns):
         for name, run in sides.items():
             start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
+            for _ in range(calls):
+                out = run()
+            jax.block_until_ready(out)
+            times[name].append((time.perf_counter() - start) / calls)
     return {name: np.asarray(seconds) for name, seconds in times.items()}
+
+
+def refusal(run: Callable[[], object]) -> str | None:
+    """Why a side cannot run here: a compiler's words, or memory that is short. None if it can."""
+    try:
+        jax.block_until_ready(run())
+    except Exception as error:  # Its class is the compiler's, the runtime's or a library's.
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    return None
 
 
 def spread(values: Iterable[float], digits: int = 1) -> str:

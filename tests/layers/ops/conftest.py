@@ -9,6 +9,15 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What every implementation has to fulfil, it has to fulfil on its chip too."""
+    for item in items:
+        here = item.path.is_relative_to(pathlib.Path(__file__).parent)
+        if here and "implementation" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
+
+
 @pytest.fixture(autouse=True)
 def exact_products():
     """Oracles in float32 are that on accelerators too; kernels say themselves what they want."""

@@ -75,6 +75,7 @@ def test_what_the_kernels_do_not_take_is_named():
         kda_step(*one, state, implementation="fast")
 
 
+@pytest.mark.device
 def test_steps_equal_the_recurrence(monkeypatch):
     """Through `kda_step` and `kda`, with groups, a padding token, and in bfloat16."""
     kda_cases.interpret(monkeypatch, "pallas_gpu")

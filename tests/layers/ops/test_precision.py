@@ -1,11 +1,11 @@
 """`jax_default_matmul_precision` is for others: kernels on 16-bit inputs are the same under it."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from chips import lowered
 from kda_cases import draw_heads, low_precision, run
 
 from jaxalope.layers.ops.grouped_matmul import grouped_swiglu
@@ -47,30 +47,30 @@ def experts_problem(implementation):
 
 
 KERNELS = [
-    ("cuda", kda_problem, "pallas_gpu"),
-    ("cuda", latent_problem, "pallas_gpu"),
-    ("cuda", experts_problem, "pallas_gpu"),
-    ("tpu", kda_problem, "pallas_tpu"),
-    ("tpu", latent_problem, "pallas_tpu"),
-    ("tpu", experts_problem, "xla"),
+    (kda_problem, "pallas_gpu"),
+    (latent_problem, "pallas_gpu"),
+    (experts_problem, "pallas_gpu"),
+    (kda_problem, "pallas_tpu"),
+    (latent_problem, "pallas_tpu"),
+    (experts_problem, "xla"),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("platform, problem, implementation", KERNELS)
-def test_what_is_lowered_is_the_same(platform, problem, implementation):
-    function, arrays = problem(implementation)
-    found = {}
+@pytest.mark.parametrize("problem, name", KERNELS)
+def test_programs_are_the_same(problem, name):
+    function, arrays = problem(name)
+    found = set()
     for asked in (None, "tensorfloat32", "highest"):
         with jax.default_matmul_precision(asked):
-            found[asked] = lowered(function, *arrays, platform=platform)
-    assert found["tensorfloat32"] == found[None] == found["highest"]
+            program = str(jax.make_jaxpr(lambda *a: function(*a))(*arrays))
+        found.add(re.sub("0x[0-9a-f]+", "", program))
+    assert "dot" in program and len(found) == 1
 
 
-@pytest.mark.parametrize("problem, implementation", [case[1:] for case in KERNELS[3:]])
-def test_it_compiles_for_a_tpu(problem, implementation, absent_tpu):
+@pytest.mark.parametrize("problem, name", KERNELS[3:])
+def test_it_compiles_for_a_tpu(problem, name, absent_tpu):
     """Mosaic refuses products of 16-bit factors that ask for more."""
-    function, arrays = problem(implementation)
+    function, arrays = problem(name)
     place = absent_tpu("v5e:2x2")
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arrays]
     with jax.default_matmul_precision("highest"):
