@@ -14,7 +14,11 @@ from .experiment import with_part
 
 @dataclasses.dataclass
 class _Change:
-    """What was asked of one place: a text for itself, changes below it, or both in that order."""
+    """What was asked of one place: a text for itself, changes below it, or both in that order.
+
+    Whichever was given first: a LoRA run's `optimizer.trainable` must outlive an `optimizer=adamw`
+    after it.
+    """
 
     text: str | None = None
     below: dict[str, _Change] = dataclasses.field(default_factory=dict)
@@ -25,9 +29,10 @@ def overlay(value: Any, settings: Sequence[str]) -> Any:
 
     All are applied before anything is validated, so that two fields which must agree can be changed
     together; of two settings of one field the later wins. ``optimizer=adamw`` picks another
-    alternative, whose fields can be set in the same call. ``data.sources.0.path=x`` reaches into a
-    tuple; one past its end appends. ``model.autoencoder=SOURCE`` takes a part of the model, and its
-    configuration, from another run (:func:`~.experiment.with_part`), before all else.
+    alternative, whose fields can be set in the same call, before or after it.
+    ``data.sources.0.path=x`` reaches into a tuple; one past its end appends.
+    ``model.autoencoder=SOURCE`` takes a part of the model, and its configuration, from another run
+    (:func:`~.experiment.with_part`), before all else.
 
     Raises:
         InputError: no ``=``, an unknown field (the nearest one is suggested), or a value that the
@@ -43,7 +48,7 @@ def overlay(value: Any, settings: Sequence[str]) -> Any:
         node = root
         for key in keys:
             node = node.below.setdefault(key, _Change())
-        node.text, node.below = text, {}
+        node.text = text
     return _apply(value, root, type(value), "", value)
 
 

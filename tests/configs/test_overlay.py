@@ -56,6 +56,19 @@ def test_another_kind_keeps_the_fields_that_both_have(tiny):
     assert changed.schedule == Cosine(learning_rate=5e-4, warmup_steps=2)
 
 
+def test_another_kind_undoes_nothing_that_was_set_before_it(tiny):
+    """The order on a command line is nobody's intention."""
+    settings = ["optimizer.trainable=.*lora.*", "optimizer=adamw", "schedule.learning_rate=0.5"]
+    settings += ["data.sources.0.weight=3", "data.sources=/x"]
+    there, back = (
+        overlay(tiny, [*order, "schedule=cosine"]) for order in (settings, settings[::-1])
+    )
+    assert there == back
+    assert there.optimizer == AdamW(trainable=".*lora.*")
+    assert there.schedule.learning_rate == 0.5
+    assert [(x.path, x.weight) for x in there.data.sources] == [("/x", 3.0)]
+
+
 def test_settings_are_checked_together_and_the_later_wins(tiny):
     # Neither of the first two is valid alone: warm-up and decay would outlast the run.
     changed = overlay(tiny, ["train.steps=3", "schedule.decay_steps=1", "train.steps=4"])
