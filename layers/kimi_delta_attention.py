@@ -140,6 +140,7 @@ class KimiDeltaAttention(nnx.Module):
         beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
         q, k = l2norm(q).astype(x.dtype), l2norm(k).astype(x.dtype)
         o, state = self._delta_rule(q, k, v, g, beta, cache and cache.state, segment_ids)
+        o = constrain(o, "batch", "seq", "heads", None)
         gate = self.g_b_proj(self.g_a_proj(x))
         out = self.o_proj(self.o_norm(o, gate))
         if cache is None:
@@ -148,14 +149,15 @@ class KimiDeltaAttention(nnx.Module):
 
     def _stream(self, proj, conv, x, state, segment_ids):
         """Projection, short convolution and SiLU: ``[B, T, heads, width]``."""
-        u = proj(x)
+        # Both the convolution and the delta rule run along whole rows.
+        u = constrain(proj(x), "batch", None, "heads", None)
         batch, length, heads, width = u.shape
         kernel = conv[...].astype(x.dtype).reshape(heads * width, -1)
         y, state = short_conv(
             u.reshape(batch, length, heads * width),
             kernel,
             state=state,
-            segment_ids=segment_ids,
+            segment_ids=None if segment_ids is None else constrain(segment_ids, "batch", None),
             activation="silu",
         )
         return y.reshape(u.shape), state

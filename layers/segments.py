@@ -5,9 +5,24 @@ stand left, right or between documents. A new segment starts wherever two succes
 tokens carry different ids, so ids need not be sorted or unique within a row.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+from ..sharding import laid_like, whole
+
+
+def _along_rows(count: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """Counts along whole rows, where the sequence may be split over devices; the result is too."""
+
+    @functools.wraps(count)
+    def run(segment_ids):
+        return laid_like(count(whole(segment_ids, 1)), segment_ids)
+
+    return run
 
 
 def is_token(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -23,6 +38,7 @@ def _previous_id(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
 
 
+@_along_rows
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     """True at the first token of every segment except the row's first one.
 
@@ -33,6 +49,7 @@ def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     return is_token(segment_ids) & (previous != 0) & (previous != segment_ids)
 
 
+@_along_rows
 def segment_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Running number of each position's segment: 0, 1, 2, ... along the row (int32).
 
@@ -42,6 +59,7 @@ def segment_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
 
 
+@_along_rows
 def token_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """How many tokens of its own segment stand before each token: 0, 1, 2, ... (int32).
 

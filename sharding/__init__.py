@@ -4,12 +4,14 @@ from .activations import (
     constrain,
     einsum,
     kernel_map,
+    laid_like,
     mesh_axes_of,
     project,
     psum_over,
     repeat,
     take,
     take_rows,
+    whole,
 )
 from .axes import LOGICAL_AXES, MESH_AXES, AxisRules, current_rules, use_rules
 from .mesh import MeshConfig, make_mesh, use_mesh
@@ -40,6 +42,7 @@ __all__ = [
     "init_compiler_options",
     "init_params",
     "kernel_map",
+    "laid_like",
     "make_mesh",
     "mesh_axes_of",
     "param_axes",
@@ -53,4 +56,5 @@ __all__ = [
     "take_rows",
     "use_mesh",
     "use_rules",
+    "whole",
 ]

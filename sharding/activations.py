@@ -94,6 +94,24 @@ def take_rows(x: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
     return x.at[index].get(mode="promise_in_bounds", out_sharding=jax.typeof(x).sharding.spec)
 
 
+def whole(x: jax.Array, axis: int) -> jax.Array:
+    """``x`` with no device holding only a part of this ``axis``: for sums and scans along it."""
+    active = _active_mesh()
+    if active is None or not active[1]:
+        return x
+    spec = list(jax.typeof(x).sharding.spec)
+    spec[axis] = None
+    return jax.sharding.reshard(x, PartitionSpec(*spec))
+
+
+def laid_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """``x`` laid out as ``other``, an array of its shape, is."""
+    active = _active_mesh()
+    if active is None or not active[1]:
+        return x
+    return jax.sharding.reshard(x, jax.typeof(other).sharding.spec)
+
+
 def repeat(x: jax.Array, times: int, axis: int) -> jax.Array:
     """Every element of an ``axis`` so many times in a row, laid out as ``x`` is."""
     active = _active_mesh()
