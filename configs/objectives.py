@@ -339,6 +339,8 @@ def check_decoding(objective: Objective, model: Any) -> None:
         objective.kind,
         f"{type(model).__name__} here {_WORDS[decoding]}",
     )
+    if isinstance(objective, Reconstruction):
+        _check_id("objective.dropped_token_id", objective.dropped_token_id, model)
     if not isinstance(objective, MaskedDiffusion | BlockDiffusion):
         return
     blocks = isinstance(objective, BlockDiffusion)
@@ -353,4 +355,16 @@ def check_decoding(objective: Objective, model: Any) -> None:
         "objective.eos_padding",
         True,
         "model.eos_token_id is None; name the token that ends a text",
+    )
+    if objective.eos_padding:
+        _check_id("model.eos_token_id", model.eos_token_id, model)
+
+
+def _check_id(field: str, token: int, model: Any) -> None:
+    """Of a token that no text need hold: no batch would show it to be outside the vocabulary."""
+    require(
+        0 <= token < model.vocab_size,
+        field,
+        token,
+        f"is outside the vocabulary of {model.vocab_size}; name a token of it",
     )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -121,12 +122,27 @@ def abstract_state(
     else:
         everywhere = NamedSharding(mesh, PartitionSpec())
         places = flatten(shardings(params, param_axes(module), mesh, experiment.rules))
+        _warn_of_idle_axes(experiment, mesh, places.values())
 
     def locate(path, leaf):
         where = places.get(_param_of(path, places), everywhere)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return graphdef, jax.tree.map_with_path(locate, state)
+
+
+def _warn_of_idle_axes(experiment, mesh: Mesh, places: Iterable[NamedSharding]) -> None:
+    """Of mesh axes along which all devices do the same work."""
+    specs = [experiment.rules.spec(("batch", "seq"), mesh.axis_names), *(x.spec for x in places)]
+    used = set(jax.tree.leaves([list(spec) for spec in specs]))
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in used:
+            warnings.warn(
+                f"mesh.{axis}={size}: nothing of this experiment is split over it, so {size} "
+                f"devices do the work of one; set mesh.{axis}=1, or rules that name it "
+                "(rules.seq=context splits the sequence)",
+                stacklevel=3,
+            )
 
 
 def _module_fn(experiment: Experiment, build: Build | None) -> Build:
@@ -252,7 +268,8 @@ def make_train_step(
             ema = state.ema
             if ema is not None:
                 d = config.ema_decay
-                average = {n: d * e + (1 - d) * new[n] for n, e in flatten(ema).items()}
+                # In this form what does not change is averaged to itself, to the bit.
+                average = {n: e + (1 - d) * (new[n] - e) for n, e in flatten(ema).items()}
                 ema = unflatten({n: place_param(x, info[n].axes) for n, x in average.items()}, info)
             return TrainState(
                 step=state.step + 1,

@@ -84,3 +84,16 @@ def test_an_experiment_checks_its_parts_against_each_other():
     tiny = get_experiment("tiny")
     with pytest.raises(InputError, match=r"train.accumulation=3: must divide data.batch_size=4"):
         dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, accumulation=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "field"),
+    [
+        ("calm_autoencoder_tiny", ["objective.dropped_token_id=999"], "objective.dropped_token_id"),
+        ("llada_tiny", ["objective.eos_padding=true", "model.eos_token_id=999"], "eos_token_id"),
+    ],
+)
+def test_ids_that_no_text_holds_have_to_be_in_the_vocabulary(name, settings, field):
+    """Reading them from a table, or scoring them, is undefined; no batch would show it."""
+    with pytest.raises(InputError, match=rf"{field}=999: is outside the vocabulary"):
+        overlay(get_experiment(name), settings)

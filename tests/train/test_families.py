@@ -57,6 +57,7 @@ def test_the_loss_of_one_batch_falls_on_any_mesh(name):
     np.testing.assert_allclose(found, alone, rtol=2e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     ["tiny", "gemma2_tiny", "gpt_neox_tiny", "llada_tiny", "calm_autoencoder_tiny", "calm_tiny"],

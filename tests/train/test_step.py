@@ -106,12 +106,15 @@ def test_sharded_equals_one_device(toy, run, batches, mesh, rules, accumulation)
 
 
 def test_frozen_parameters_stay_byte_identical(toy, run, batches):
-    experiment = toy.experiment(optimizer=Muon(trainable=r".*\.(q_proj|conv)\..*"))
+    trainable = r".*\.(q_proj|conv)\..*"
+    experiment = toy.experiment(optimizer=Muon(trainable=trainable), train={"ema_decay": 0.9})
     _, before = init_state(experiment, build=toy.build)
     after, _ = run(experiment, batches)
     trained = {"block.q_proj.kernel", "block.conv.kernel"}
     old, new = flatten(before.params), flatten(after.params)
     assert {n for n in old if np.any(np.asarray(old[n]) != new[n])} == trained
+    average = flatten(after.ema)
+    assert {n for n in old if np.any(np.asarray(old[n]) != average[n])} == trained
     assert set(after.opt_state.muon.momentum) | set(after.opt_state.adamw.mu) == trained
 
 
@@ -194,12 +197,15 @@ def test_evaluation_sums_over_parts_are_those_of_the_whole(toy):
     assert summarise(evaluate(state.params, nothing))["loss"] == 0
 
 
-def test_a_batch_that_does_not_divide_over_the_mesh_names_both(toy):
+def test_a_batch_that_does_not_fit_the_mesh_names_both(toy):
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     with pytest.raises(
         InputError, match=r"data.batch_size=8 / train.accumulation=2 = 4 rows .*fsdp"
     ):
         init_state(toy.experiment(train={"accumulation": 2}), mesh, build=toy.build)
+    mesh = make_mesh(MeshConfig(data=2, context=4))
+    with pytest.warns(UserWarning, match=r"mesh\.context=4: .*4 devices do the work of one"):
+        abstract_state(toy.experiment(), mesh, build=toy.build)
     mesh = make_mesh(MeshConfig(data=1, context=8))
     with pytest.raises(InputError, match=r"data.sequence_length=12 .* context=8"):
         rules = AxisRules(seq="context")
