@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from .. import tuning
 from ..optional import check_triton
 from ..optional import triton as plgpu
+from ..pallas_call import pallas_call
 from ..platform import check_floats, only_on
 from ..precision import full
 from .products import Products
@@ -76,8 +77,9 @@ def _tiles(group_sizes: jax.Array, num_rows: int, side: int) -> jax.Array:
     The group of tiles past the last one is E, as is that of the rows past the last group.
     """
     groups = group_sizes.shape[0]
-    rest = num_rows - jnp.sum(group_sizes)
-    sizes = jnp.concatenate([group_sizes.astype(jnp.int32), rest[None].astype(jnp.int32)])
+    sizes = group_sizes.astype(jnp.int32)
+    rest = num_rows - jnp.sum(sizes, keepdims=True, dtype=jnp.int32)
+    sizes = jnp.concatenate([sizes, rest])
     starts = jnp.cumsum(sizes) - sizes
     counts = jax.lax.div(sizes + (side - 1), jnp.int32(side))
     ends = jnp.cumsum(counts)
@@ -167,7 +169,7 @@ def _check(x):
 
 
 def _call(plan: Plan, kernel, grid, out, name, *arrays):
-    return pl.pallas_call(
+    return pallas_call(
         kernel,
         grid=grid,
         out_shape=out,

@@ -36,6 +36,7 @@ from jaxtyping import Array, Float, Int
 from .. import tuning
 from ..optional import check_triton
 from ..optional import triton as pltriton
+from ..pallas_call import pallas_call
 from . import pallas_gpu_kernels as kernels
 from .pallas import check, group_sum, only_on, segment_marks, widen
 from .pallas_gpu_chunk import sums
@@ -173,7 +174,7 @@ def _call(
     name = kernel.func.__name__
     num_warps, num_stages = getattr(plan.tuning, name)
     specs = _specs(plan, length, steps, splits, whole=whole)
-    made = pl.pallas_call(
+    made = pallas_call(
         kernel,
         grid=(steps, heads, batch),
         in_specs=[specs[kind] for kind, _ in ins],

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from ..optional import check_triton
 from ..optional import triton as pltriton
+from ..pallas_call import pallas_call
 from . import pallas_gpu
 from .pallas import check, widen
 
@@ -67,7 +68,7 @@ def kda_step_pallas_gpu(
     values = pl.BlockSpec((None, None, block), lambda c, h, b: (b, h, c))
     states = pl.BlockSpec((None, None, key, block), lambda c, h, b: (b, h, 0, c))
     state = widen(state.astype(jnp.float32), key, value)
-    o, after = pl.pallas_call(
+    o, after = pallas_call(
         functools.partial(_kernel, scale),
         grid=(value // block, heads, batch),
         in_specs=[

@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from .. import tuning
+from ..pallas_call import pallas_call
 from . import pallas_tpu_chunk as chunks
 from . import pallas_tpu_transpose as transposed
 from .pallas import check, group_sum, only_on, segment_marks, widen
@@ -234,7 +235,7 @@ def _call(kernel, plan: _Plan, ins: dict, outs: dict, flops: int, *, reverse: bo
     arrays = [x for _, x in ins.values()]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outs.values()]
     moved = sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes))
-    return pl.pallas_call(
+    return pallas_call(
         kernel,
         grid=(batch, value_heads // plan.heads, count),
         in_specs=[

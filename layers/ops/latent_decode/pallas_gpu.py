@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from ....errors import InputError
 from ..optional import check_triton
 from ..optional import triton as plgpu
+from ..pallas_call import pallas_call
 from ..platform import REMEDY, check_floats, only_on
 from ..precision import full
 from .partial import HIDDEN, combine, part
@@ -165,7 +166,7 @@ def latent_decode_pallas_gpu(
         jax.ShapeDtypeStruct((plan.splits, batch, rows, value_dim), jnp.float32),
         jax.ShapeDtypeStruct((plan.splits, batch, rows), jnp.float32),
     ]
-    o, lse = pl.pallas_call(
+    o, lse = pallas_call(
         functools.partial(_kernel, plan),
         grid=(groups, plan.splits, batch),
         out_shape=out,

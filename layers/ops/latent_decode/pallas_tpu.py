@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ....errors import InputError
+from ..pallas_call import pallas_call
 from ..platform import REMEDY, check_floats, only_on
 from ..precision import full
 from .partial import HIDDEN, combine, part
@@ -222,7 +223,7 @@ def latent_decode_pallas_tpu(
 
     q = q if interpret else _on_tpu(q)
     parts = batch * splits
-    o, lse = pl.pallas_call(
+    o, lse = pallas_call(
         functools.partial(_kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,

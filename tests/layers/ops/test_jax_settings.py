@@ -1,4 +1,4 @@
-"""`jax_default_matmul_precision` is for others: kernels on 16-bit inputs are the same under it."""
+"""Settings of JAX that are for others: kernels on 16-bit inputs are the same under them."""
 
 import functools
 import re
@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from chips import lowered
 from kda_cases import draw_heads, low_precision, run
 
 from jaxalope.layers.ops.grouped_matmul import grouped_swiglu
@@ -18,6 +19,22 @@ def both_passes(function):
         return pullback(out)
 
     return both
+
+
+def kernels_in(jaxpr):
+    """The bodies of all Pallas kernels of a program."""
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if not hasattr(inner, "eqns"):
+                continue
+            if equation.primitive.name == "pallas_call":
+                yield inner
+            else:
+                yield from kernels_in(inner)
 
 
 def shapes(*dims, dtype=jnp.bfloat16):
@@ -56,22 +73,42 @@ KERNELS = [
 ]
 
 
+@pytest.mark.parametrize("asked", ["tensorfloat32", "highest"])
 @pytest.mark.parametrize("problem, name", KERNELS)
-def test_programs_are_the_same(problem, name):
+def test_the_precision_of_products_changes_no_program(problem, name, asked):
     function, arrays = problem(name)
-    found = set()
-    for asked in (None, "tensorfloat32", "highest"):
-        with jax.default_matmul_precision(asked):
-            program = str(jax.make_jaxpr(lambda *a: function(*a))(*arrays))
-        found.add(re.sub("0x[0-9a-f]+", "", program))
-    assert "dot" in program and len(found) == 1
+
+    def program():
+        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(lambda *a: function(*a))(*arrays)))
+
+    want = program()
+    with jax.default_matmul_precision(asked):
+        found = program()
+    assert "dot" in want and found == want
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("problem, name", KERNELS)
+def test_kernels_have_no_64_bit_numbers(problem, name):
+    function, arrays = problem(name)
+    with jax.enable_x64(True):
+        inside = str(list(kernels_in(jax.make_jaxpr(function)(*arrays).jaxpr)))
+        lowered(function, *arrays, platform="cuda" if name == "pallas_gpu" else "tpu")
+    assert "64" not in re.findall(r"\b[fiu](64)\b", inside)
+
+
+SETTINGS = {
+    "highest": lambda: jax.default_matmul_precision("highest"),
+    "64 bits": lambda: jax.enable_x64(True),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("problem, name", KERNELS[3:])
-def test_it_compiles_for_a_tpu(problem, name, absent_tpu):
-    """Mosaic refuses products of 16-bit factors that ask for more."""
+def test_it_compiles_for_a_tpu(problem, name, setting, absent_tpu):
+    """Mosaic refuses products of 16-bit factors that ask for more, and has no 64-bit numbers."""
     function, arrays = problem(name)
     place = absent_tpu("v5e:2x2")
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arrays]
-    with jax.default_matmul_precision("highest"):
+    with SETTINGS[setting]():
         jax.jit(function).lower(*arrays).compile()
