@@ -259,7 +259,7 @@ class Metropolis:
             if self.shared:
                 # Of the step alone: the cut must not depend on the chains, nor on which they are.
                 key = _step_key(jax.random.key(cut_seed), number, _CUT)
-                slot = unit * jax.random.randint(key, (), 0, count)
+                slot = unit * jax.random.randint(key, (), 0, count, jnp.int32)
                 return jnp.zeros_like(state.length) + slot
             draw = functools.partial(jax.random.randint, shape=(), minval=0, maxval=count)
             return unit * jax.vmap(draw)(self._cut_keys(base, number))

@@ -94,7 +94,7 @@ def last_token(state: DecodeState) -> Int[Array, "B 1"]:
     """The last committed token of each row."""
     # A masked sum instead of a gather: it shards as the canvas does.
     last = jnp.arange(state.tokens.shape[1]) == state.length[:, None] - 1
-    return jnp.sum(jnp.where(last, state.tokens, 0), axis=1, keepdims=True)
+    return jnp.sum(jnp.where(last, state.tokens, 0), axis=1, keepdims=True, dtype=jnp.int32)
 
 
 def read(model: nnx.Module, tokens: Int[Array, "B T"], cache: Any) -> tuple[Forward, Any]:

@@ -96,7 +96,7 @@ def judge(
     p = jax.nn.softmax(proposal)
     q = is_draft.astype(p.dtype) if draft_logits is None else jax.nn.softmax(draft_logits)
     p_draft, q_draft = (jnp.sum(jnp.where(is_draft, x, 0), axis=-1) for x in (p, q))
-    u = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t)))
+    u = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t), (), jnp.float32))
     accepted = drafted & (u(aside(key, ACCEPT), context.length) * q_draft < p_draft)
     left = jnp.log(jnp.maximum(p - q, 0))
     # Nothing is left only where rounding alone made p and q differ.

@@ -328,7 +328,8 @@ def filled(
     length: Int[Array, "B"], slots: Int[Array, "B T"], written: Bool[Array, "B T"]
 ) -> Int[Array, "B"]:
     """How many slots of each row are filled once those of ``slots`` that are ``written`` are."""
-    return jnp.maximum(length, jnp.max(jnp.where(written, slots + 1, 0), axis=1))
+    upto = jnp.max(jnp.where(written, slots + 1, 0), axis=1)
+    return jnp.maximum(length, upto.astype(length.dtype))
 
 
 def _places(count, length, segment_ids, x):

@@ -236,7 +236,8 @@ def _write_each(buffer, new, positions):
     """What :func:`_scatter` does, by updates that suit any layout of the buffer in memory."""
     capacity = buffer.shape[1]
     for row, token in itertools.product(*map(range, positions.shape)):
-        at = (row, jnp.minimum(positions[row, token], capacity - 1), 0)
+        slot = jnp.minimum(positions[row, token], capacity - 1)
+        at = (jnp.asarray(row, slot.dtype), slot, jnp.zeros_like(slot))
         old = jax.lax.dynamic_slice(buffer, at, (1, 1, buffer.shape[2]))
         one = jnp.where(positions[row, token] < capacity, new[row, token], old)
         buffer = jax.lax.dynamic_update_slice(buffer, one, at)

@@ -242,5 +242,5 @@ class CALMAutoencoder(nnx.Module):
         """Logits of the same tokens, through the mean of their latents or, with a key, a draw."""
         mean, log_std = self.encode(tokens)
         if key is not None:
-            mean = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+            mean = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, jnp.float32)
         return self.logits(self.decode(mean))

@@ -71,7 +71,7 @@ def _energy(config, model, batch, key, hidden, mean, std):
         drawn = row_draw(
             batch,
             key,
-            lambda key: jax.random.normal(jax.random.fold_in(key, number), shape),
+            lambda key: jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32),
             _TARGETS,
         )
         targets = mean[:, :, None] + std[:, :, None] * drawn
@@ -100,7 +100,9 @@ def _regression(config, model, batch, key, hidden, mean, std):
     """The own loss of a diffusion or flow head, over N draws of every chunk's posterior."""
     count, head = config.num_samples, model.latent_head
     draws, latent = mean.shape[1] * count, mean.shape[2]
-    drawn = row_draw(batch, key, lambda key: jax.random.normal(key, (draws, latent)), _TARGETS)
+    drawn = row_draw(
+        batch, key, lambda key: jax.random.normal(key, (draws, latent), jnp.float32), _TARGETS
+    )
     targets = repeat(mean, count, axis=1) + repeat(std, count, axis=1) * drawn
     time, noise = row_draw(batch, key, lambda key: head.loss_noise(key, (draws,)), _LOSS)
     return jnp.mean(to_chunks(head.loss(hidden, targets, time, noise), count), axis=-1)

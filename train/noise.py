@@ -59,7 +59,7 @@ def add_noise(
     if model.config.logit_shift:
         may &= token_positions(segment_ids) > 0
     may &= batch["loss_weights"] > 0
-    draw = constrain(jax.random.uniform(mask_key, tokens.shape), "batch", None)
+    draw = constrain(jax.random.uniform(mask_key, tokens.shape, jnp.float32), "batch", None)
     if isinstance(config, BlockDiffusion):
         t = _level_of_blocks(config, level_key, segment_ids, model.config.block_size)
     else:
@@ -152,7 +152,7 @@ def _whole(config, model, batch, key):
     batch = {name: constrain(x, "batch", None) for name, x in batch.items()}
     tokens = batch["tokens"]
     segment_ids = batch.get("segment_ids", jnp.ones_like(tokens))
-    weights = batch.get("loss_weights", jnp.ones(tokens.shape)).astype(jnp.float32)
+    weights = batch.get("loss_weights", jnp.ones(tokens.shape, jnp.float32)).astype(jnp.float32)
     positions = batch.get("positions")
     if config.eos_padding:
         # A token's id, and on padding that of the token before.
@@ -168,8 +168,8 @@ def _whole(config, model, batch, key):
         segment_ids, positions = own, None  # Positions follow from the segments.
     if isinstance(config, MaskedDiffusion) and config.random_length > 0:
         chance, length = jax.random.split(key)
-        length = jax.random.randint(length, (), 1, tokens.shape[1] + 1)
-        cut = jax.random.uniform(chance) < config.random_length
+        length = jax.random.randint(length, (), 1, tokens.shape[1] + 1, jnp.int32)
+        cut = jax.random.uniform(chance, (), jnp.float32) < config.random_length
         kept = ~cut | (jnp.arange(tokens.shape[1]) < length)
         segment_ids = jnp.where(kept, segment_ids, 0)
     whole = {"tokens": tokens, "segment_ids": segment_ids, "loss_weights": weights}
@@ -186,7 +186,7 @@ def _finish(batch, model, masked, weights, counts):
 def _levels(config, key, shape):
     """A noise level for each of ``shape``, one in every stratum if they are stratified."""
     places, inside = jax.random.split(key)
-    t, count = jax.random.uniform(inside, shape), math.prod(shape)
+    t, count = jax.random.uniform(inside, shape, jnp.float32), math.prod(shape)
     if config.stratified:
         t = (jax.random.permutation(places, count).reshape(shape) + t) / count
     low, high = config.band
@@ -205,7 +205,7 @@ def _level_of_blocks(config, key, segment_ids, block_size):
     levels = jnp.concatenate(
         [
             _levels(config, full, (rows, count)),
-            low + (high - low) * jax.random.uniform(more, (rows, length - count)),
+            low + (high - low) * jax.random.uniform(more, (rows, length - count), jnp.float32),
         ],
         axis=1,
     )

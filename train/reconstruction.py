@@ -47,12 +47,15 @@ def reconstruction(
         read = jnp.where(keep, tokens, config.dropped_token_id)
     mean, log_std = model.encode(read)
     shape = mean.shape[1:]
-    noise = row_draw(batch, key, lambda key: jax.random.normal(key, shape), _NOISE)
+    noise = row_draw(batch, key, lambda key: jax.random.normal(key, shape, jnp.float32), _NOISE)
     latents = mean + jnp.exp(log_std) * noise
     if training and config.latent_dropout:
         rate = config.latent_dropout
         keep = row_draw(
-            batch, key, lambda key: jax.random.bernoulli(key, 1 - rate, shape), _LATENT_DROPOUT
+            batch,
+            key,
+            lambda key: jax.random.bernoulli(key, jnp.float32(1 - rate), shape),
+            _LATENT_DROPOUT,
         )
         latents = jnp.where(keep, latents / (1 - rate), 0)
     weights = chunk_weights(batch, size)

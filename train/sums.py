@@ -61,7 +61,7 @@ def with_row_keys(batch: Batch, key: jax.Array) -> Batch:
 def row_uniform(batch: Batch, key: jax.Array) -> Float[Array, "B T"]:
     """A number in [0, 1) for every token, by the batch's row keys (made of ``key`` if absent)."""
     length = batch["tokens"].shape[1]
-    return row_draw(batch, key, lambda key: jax.random.uniform(key, (length,)))
+    return row_draw(batch, key, lambda key: jax.random.uniform(key, (length,), jnp.float32))
 
 
 def row_draw(batch: Batch, key: jax.Array, draw: Callable[[jax.Array], Any], tag: int = 0) -> Any:

@@ -189,7 +189,8 @@ def _uniform(keys: PRNGKeyArray, places: Int[Array, "B W"]) -> Float[Array, "B W
     """A draw for every place, apart from those of the tokens."""
 
     def one(key, place):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, _CHOICE), place))
+        key = jax.random.fold_in(jax.random.fold_in(key, _CHOICE), place)
+        return jax.random.uniform(key, (), jnp.float32)
 
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(keys, places)
 

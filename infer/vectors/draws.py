@@ -221,7 +221,7 @@ class BatchRows(ChunkPolicy):
         # One draw alone is temperature 1, however many places neighbours need.
         scores = jnp.where((self.whole == 1)[:, None], -places.astype(jnp.float32), scores)
         chosen = places == jnp.argmax(scores, axis=1)[:, None]
-        return jnp.sum(jnp.where(chosen[:, :, None], state.chunk, 0), axis=1)
+        return jnp.sum(jnp.where(chosen[:, :, None], state.chunk, 0), axis=1, dtype=jnp.int32)
 
 
 def choice_logits(

@@ -80,7 +80,8 @@ def chunk_at(
     # A masked sum instead of a gather: it shards as the canvas does.
     chunks = to_chunks(tokens, chunk_size)
     here = jnp.arange(chunks.shape[1]) == index[:, None]
-    return constrain(jnp.sum(jnp.where(here[:, :, None], chunks, 0), axis=1), "batch", None)
+    found = jnp.sum(jnp.where(here[:, :, None], chunks, 0), axis=1, dtype=chunks.dtype)
+    return constrain(found, "batch", None)
 
 
 def commit(

@@ -126,7 +126,7 @@ class DiffusionHead(nnx.Module):
     ) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
         """What :meth:`loss` draws for ``shape`` latents: times below 1000, and noise."""
         time_key, noise_key = jax.random.split(key)
-        time = jax.random.randint(time_key, shape, 0, NUM_TIMES)
+        time = jax.random.randint(time_key, shape, 0, NUM_TIMES, jnp.int32)
         noise = jax.random.normal(noise_key, (*shape, self.noise_shape[-1]), jnp.float32)
         return time, noise
 

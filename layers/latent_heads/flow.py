@@ -71,7 +71,7 @@ class FlowHead(nnx.Module):
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """What :meth:`loss` draws for ``shape`` latents: times in [0, 1), and noise."""
         time_key, noise_key = jax.random.split(key)
-        return jax.random.uniform(time_key, shape), self.noise(noise_key, shape)
+        return jax.random.uniform(time_key, shape, jnp.float32), self.noise(noise_key, shape)
 
     def loss(
         self,

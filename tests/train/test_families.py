@@ -76,3 +76,19 @@ def test_rows_that_are_split_over_devices_give_the_same_loss(name):
     with use_mesh(mesh, experiment.rules):
         found = _losses(experiment, batch, mesh, steps=2)
     np.testing.assert_allclose(found, alone, rtol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["llada_tiny", "calm_autoencoder_tiny", "calm_tiny"])
+def test_losses_are_the_same_where_jax_has_64_bit_numbers(name):
+    """Draws and sums say their dtype: else noise would be another, or two would not mix."""
+    settings = ["data.sequence_length=32", "data.batch_size=4", "data.num_streams=none"]
+    settings += ["optimizer=adamw", "schedule.warmup_steps=0"]
+    if name == "calm_tiny":
+        settings.append("objective.min_reconstruction=0")
+    experiment = overlay(get_experiment(name), settings)
+    batch = _batch(experiment)
+    plain = _losses(experiment, batch, None, steps=2)
+    with jax.enable_x64(True):
+        wide = _losses(experiment, batch, None, steps=2)
+    np.testing.assert_allclose(wide, plain, rtol=1e-6)
