@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -60,28 +61,25 @@ class MetricsWriter:
             self._file: _Appended | _Uploaded = _Uploaded(workdir, lines)
             return
         self._file = _Appended(workdir, lines)
-        import tensorboardX  # Here, so that only runs pay for its import.
-
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir / _TENSORBOARD), purge_step=step + 1 if step else None
-        )
+        self._board = _Board(workdir / _TENSORBOARD, step)
+        with _reporting("TensorBoard's file was not opened"):
+            self._board.open()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line. ``eval_*`` are the evaluation's; not-finite numbers become null."""
         with _reporting(f"the metrics of step {step} were not written"):
             self._file.write(_to_line({"step": step, **values}))
         if self._board is not None:
-            for name, value in values.items():
-                group, _, rest = name.partition("_")
-                tag = f"eval/{rest}" if group == "eval" else f"train/{name}"
-                self._board.add_scalar(tag, value, step)
+            with _reporting(f"TensorBoard lacks step {step}"):
+                self._board.write(step, values)
 
     def close(self) -> None:
         """Write out what is still held back."""
         with _reporting("the last metrics were not written"):
             self._file.close()
         if self._board is not None:
-            self._board.close()
+            with _reporting("TensorBoard's file was not closed"):
+                self._board.close()
 
 
 class _Appended:
@@ -105,6 +103,70 @@ class _Appended:
 
     def close(self) -> None:
         pass
+
+
+class _Board:
+    """TensorBoard's files on a local disk, written at once and by the caller.
+
+    tensorboardX's own ``SummaryWriter`` hands its events to a thread, which the first error ends;
+    the next events fill its queue, and the run waits for ever. Here an error is raised; the next
+    line goes to a new file, since the end of this one is torn.
+    """
+
+    def __init__(self, directory: epath.Path, step: int):
+        self._directory = directory
+        self._next = step + 1
+        self._writer: Any = None
+
+    def open(self) -> None:
+        from tensorboardX.event_file_writer import EventsWriter  # Only runs pay for its import.
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._directory.mkdir(parents=True, exist_ok=True)
+        # Files are read in the order of their names, which begin with the second.
+        suffix = f".{time.time_ns()}"
+        # TensorBoard drops what earlier files say of this step and later ones: of an attempt that
+        # was killed, maybe before its first checkpoint.
+        start = Event(step=self._next, session_log=SessionLog(status=SessionLog.START))
+        try:
+            writer = EventsWriter(os.fspath(self._directory / "events"), suffix)
+            self._add(writer, start)
+        except Exception:  # A full disk has no room for lines, but for one empty file a line.
+            with contextlib.suppress(OSError):
+                for empty in self._directory.glob(f"*{suffix}"):
+                    empty.unlink()
+            raise
+        self._writer = writer
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is None:
+            self.open()
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = []
+        for name, value in values.items():
+            group, _, rest = name.partition("_")
+            tag = f"eval/{rest}" if group == "eval" else f"train/{name}"
+            scalars.append(Summary.Value(tag=tag, simple_value=value))
+        self._add(self._writer, Event(step=step, summary=Summary(value=scalars)))
+        self._next = step + 1
+
+    def close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def _add(self, writer: Any, event: Any) -> None:
+        event.wall_time = time.time()
+        try:
+            writer.write_event(event)
+            writer.flush()
+        except BaseException:
+            self._writer = None
+            with contextlib.suppress(Exception):
+                writer.close()
+            raise
 
 
 class _Uploaded:

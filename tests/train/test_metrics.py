@@ -4,12 +4,15 @@ import errno
 import io
 import json
 import os
+import resource
+import signal
 import struct
 from typing import ClassVar
 
 import jax
 import pytest
 
+from jaxalope.errors import SaveError
 from jaxalope.train import hardware, metrics
 from jaxalope.train.console import Console, tell
 from jaxalope.train.metrics import MetricsWriter, Stopwatch, read_metrics
@@ -145,19 +148,97 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(tmp_path, monkeypa
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 4]
 
 
-def test_tensorboard_gets_the_same_numbers_under_train_and_eval(tmp_path):
+def board_events(workdir):
+    """Every event of TensorBoard's files in their order; the torn end of a file is left out."""
     pb = pytest.importorskip("tensorboardX.proto.event_pb2")
+    events = []
+    for file in sorted((workdir / "tensorboard").iterdir()):
+        content, at = file.read_bytes(), 0
+        while at + 8 <= len(content):
+            (length,) = struct.unpack_from("<Q", content, at)
+            if at + length + 16 > len(content):
+                break
+            events.append(pb.Event.FromString(content[at + 12 : at + 12 + length]))
+            at += length + 16
+    return events
+
+
+def board(workdir):
+    """What TensorBoard shows: ``{(tag, step): value}``."""
+    found = {}
+    for event in board_events(workdir):
+        if event.HasField("session_log"):
+            found = {key: value for key, value in found.items() if key[1] < event.step}
+        found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+    return found
+
+
+def test_tensorboard_gets_the_same_numbers_under_train_and_eval(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     writer.write(3, {"loss": 2.0, "eval_loss": 4.0})
+    # Without a close: nothing waits for one.
+    assert board(tmp_path) == {("train/loss", 3): 2.0, ("eval/loss", 3): 4.0}
+    assert board_events(tmp_path)[0].file_version == "brain.Event:2"
     writer.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    content, found, at = file.read_bytes(), {}, 0
-    while at < len(content):
-        (length,) = struct.unpack_from("<Q", content, at)
-        event = pb.Event.FromString(content[at + 12 : at + 12 + length])
-        at += 12 + length + 4
-        found |= {v.tag: (event.step, v.simple_value) for v in event.summary.value}
-    assert found == {"train/loss": (3, 2.0), "eval/loss": (3, 4.0)}
+
+
+@pytest.mark.parametrize("saved", [0, 2])
+def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path, saved):
+    for start, loss in ((0, 1.0), (saved, 2.0)):
+        writer = MetricsWriter(tmp_path, start)
+        for step in range(start + 1, 4):
+            writer.write(step, {"loss": loss})
+            if loss == 2.0 and step == saved + 1:
+                break
+        writer.close()
+    expected = [1.0] * saved + [2.0]
+    assert board(tmp_path) == {("train/loss", n): loss for n, loss in enumerate(expected, 1)}
+
+
+def test_a_tensorboard_that_cannot_be_written_does_not_hold_up_the_run(
+    tmp_path, monkeypatch, capsys
+):
+    """A real write error: no file of this process may grow beyond 2 KiB, for a while."""
+    writer = MetricsWriter(tmp_path, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**11, hard))
+    monkeypatch.setattr(writer._file, "write", lambda line: None)
+    try:
+        for step in range(1, 200):  # More than any queue would hold.
+            writer.write(step, {"loss": float(step), "grad_norm": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    writer.write(200, {"loss": 200.0})
+    writer.close()
+    lost = capsys.readouterr().err.splitlines()
+    assert 0 < len(lost) < 20 and "TensorBoard lacks step" in lost[0] and "large" in lost[0]
+    found = board(tmp_path)
+    assert all(found[tag, step] == step for tag, step in found if tag == "train/loss")
+    assert len([tag for tag, _ in found if tag == "train/loss"]) == 200 - len(lost)
+
+
+def test_closing_never_hides_the_error_that_ended_the_run(tmp_path, monkeypatch, capsys):
+    from tensorboardX.record_writer import RecordWriter
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"loss": 1.0})
+    monkeypatch.setattr(RecordWriter, "flush", full)
+    with pytest.raises(SaveError, match="checkpoint"):
+        try:
+            raise SaveError("the checkpoint")
+        finally:
+            writer.close()
+    assert "TensorBoard's file was not closed: " in capsys.readouterr().err
+    files = list((tmp_path / "tensorboard").iterdir())
+    MetricsWriter(tmp_path, 1).write(2, {"loss": 1.0})
+    assert list((tmp_path / "tensorboard").iterdir()) == files  # No empty one is left.
+    told = capsys.readouterr().err
+    assert "TensorBoard's file was not opened: " in told and "TensorBoard lacks step 2: " in told
 
 
 def test_console_prints_a_line_per_log_where_there_is_no_terminal():
