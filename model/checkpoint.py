@@ -13,8 +13,8 @@ A tree is stored flat under the names that users see (``stack.body.0.mixer.q_pro
 caller's abstract tree gives structure, dtypes and placement back. So integer keys, optimizer
 namedtuples and other meshes need no care, and a reader can take ``params`` alone.
 
-What lies there of steps that are unfinished, damaged or half deleted: :mod:`.step_folders`. Why it
-is built so: ``docs/decisions/0003-checkpoints.md``.
+What lies there of steps that are unfinished, damaged or half deleted: :mod:`.step_folders`. Which
+one is read: :mod:`.fallback`. Why it is built so: ``docs/decisions/0003-checkpoints.md``.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from ..errors import InputError, ReadError, SaveError
+from ..errors import InputError, SaveError
+from .fallback import newest_readable
 from .step_folders import (
-    MARKER,
     exists,
     first_line,
     list_steps,
@@ -44,7 +44,7 @@ from .step_folders import (
     saving_note,
     set_aside,
 )
-from .storage import absolute, is_transient
+from .storage import absolute
 
 try:
     from orbax.checkpoint import v1 as ocp
@@ -52,9 +52,6 @@ except ImportError:
     from orbax.checkpoint.experimental import v1 as ocp
 
 FORMAT = 1
-# These say nothing about the files, as do errors of the storage (see `storage`).
-_NOT_DAMAGE = (MemoryError, PermissionError)
-
 _DISK_FULL = ("no space left", "quota exceeded", "file too large")
 
 
@@ -200,8 +197,8 @@ class CheckpointStore:
 
         Raises:
             InputError: no checkpoint, none readable, or a tree whose names or shapes are others.
-            ReadError: the storage failed, which says nothing about the checkpoint; nothing is
-                renamed.
+            ReadError: memory, permission or the storage failed, which says nothing about the
+                checkpoint; nothing is renamed.
         """
         self.wait()
         restored, damaged = _read_newest(self.directory, trees, step)
@@ -284,7 +281,7 @@ def restore_params(
 
     Raises:
         InputError: no such checkpoint, none readable, or parameters of another model.
-        ReadError: the storage failed, which says nothing about the checkpoint.
+        ReadError: memory, permission or the storage failed, which says nothing about it.
     """
     directory, step = _locate(path, step)
     name = "ema" if ema else "params"
@@ -294,7 +291,7 @@ def restore_params(
 def read_document(path: epath.PathLike, name: str, step: int | None = None) -> Any:
     """The JSON document ``name`` of a checkpoint (arguments as in :func:`restore_params`)."""
     directory, step = _locate(path, step)
-    return _newest(directory, step, lambda at: _read_json(at, name))[0]
+    return newest_readable(directory, step, lambda at: _read_json(at, name))[0]
 
 
 def has_document(path: epath.PathLike, name: str, step: int | None = None) -> bool:
@@ -310,7 +307,7 @@ def document_dir(path: epath.PathLike, step: int | None = None) -> epath.Path:
         _read_json(at, "checkpoint")
         return at / "documents"
 
-    return _newest(directory, step, read)[0]
+    return newest_readable(directory, step, read)[0]
 
 
 class _Documents:
@@ -371,48 +368,10 @@ def _locate(path: epath.PathLike, step: int | None) -> tuple[epath.Path, int | N
     return (path / "checkpoints" if (path / "checkpoints").exists() else path), step
 
 
-def _newest(directory: epath.Path, step: int | None, read) -> tuple[Any, list[int]]:
-    """``(read(checkpoint), unreadable newer steps)`` for the newest checkpoint that can be read."""
-    # Numbers without the marker count: a newest checkpoint that lost a file must not pass unseen.
-    candidates = list_steps(directory, complete=False)[::-1] if step is None else [step]
-    if not candidates:
-        raise InputError(f"no checkpoint in {directory}; train there first, or check the path")
-    failures: dict[int, Exception] = {}
-    for candidate in candidates:
-        at = directory / str(candidate)
-        try:
-            if not exists(at / MARKER):
-                raise FileNotFoundError(f"{at / MARKER} is missing")
-            result = read(at)
-        except InputError:
-            raise
-        except Exception as error:
-            if isinstance(error, _NOT_DAMAGE) or "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            if is_transient(error):
-                raise ReadError(
-                    f"the checkpoint of step {candidate} in {directory} could not be read this "
-                    f"time: {first_line(error)}. Try again; if that does not help, name another "
-                    f"one (step=...), or move {at} away"
-                ) from error
-            failures[candidate] = error
-            continue
-        for bad, error in failures.items():
-            warnings.warn(
-                f"the checkpoint of step {bad} in {directory} cannot be read "
-                f"({first_line(error)}); using that of step {candidate} instead",
-                stacklevel=3,
-            )
-        return result, list(failures)
-    reasons = "; ".join(f"step {s}: {first_line(e)}" for s, e in failures.items())
-    others = f" (there are {list_steps(directory)})" if step is not None else ""
-    raise InputError(f"no readable checkpoint in {directory}{others}: {reasons}")
-
-
 def _read_newest(
     directory: epath.Path, trees: Mapping[str, Any], step: int | None, partial: bool = False
 ) -> tuple[Restored, list[int]]:
-    return _newest(directory, step, lambda at: _read(at, trees, partial))
+    return newest_readable(directory, step, lambda at: _read(at, trees, partial))
 
 
 def _read(at: epath.Path, trees: Mapping[str, Any], partial: bool) -> Restored:

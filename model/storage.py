@@ -41,14 +41,15 @@ def is_transient(error: BaseException) -> bool:
         isinstance(e, ConnectionError | TimeoutError)
         or (isinstance(e, OSError) and e.errno in _ERRNOS)
         or any(words in str(e) for words in _WORDS)
-        for e in _causes(error)
+        for e in causes(error)
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """``error`` and what caused it, the innermost last."""
     if error is None:
         return
     yield error
     for member in getattr(error, "exceptions", ()):  # of an ExceptionGroup
-        yield from _causes(member)
-    yield from _causes(error.__cause__ if error.__suppress_context__ else error.__context__)
+        yield from causes(member)
+    yield from causes(error.__cause__ if error.__suppress_context__ else error.__context__)

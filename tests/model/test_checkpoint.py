@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxalope.errors import InputError, ReadError
+from jaxalope.errors import InputError
 from jaxalope.model import checkpoint
 from jaxalope.model.checkpoint import CheckpointStore, SaveError
 from jaxalope.model.step_folders import list_steps
@@ -362,42 +362,6 @@ def test_killed_between_the_commit_and_the_end_of_its_note_is_whole(tmp_path):
     with CheckpointStore(tmp_path) as store:
         assert store.steps() == [1] and store.has_any()
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.EIO, "Input/output error"),
-        OSError(errno.ESTALE, "Stale file handle"),
-        OSError(errno.EMFILE, "Too many open files"),
-        ConnectionResetError("reset by peer"),
-        ValueError("UNAVAILABLE: Error reading gs://bucket/x: HTTP 503"),
-        ValueError("DEADLINE_EXCEEDED: reading x"),
-        ValueError("UNKNOWN: Error opening x: Too many open files [OS error 24]"),
-        ExceptionGroup("reads", [ValueError("x"), OSError(errno.ENFILE, "Too many open files")]),
-    ],
-    ids=lambda error: str(error)[:20],
-)
-def test_a_storage_that_fails_for_the_moment_is_not_damage(tmp_path, monkeypatch, error):
-    real = checkpoint.ocp.load_checkpointables
-
-    def flaky(at, *args, **kwargs):
-        if at.name == "2":
-            try:
-                raise error
-            except Exception as e:
-                raise ValueError("could not read the tree") from e
-        return real(at, *args, **kwargs)
-
-    with CheckpointStore(tmp_path) as store:
-        save(store, 1, 2)
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.ocp, "load_checkpointables", flaky)
-            with pytest.raises(ReadError, match=r"step 2 .* could not be read.*Try again.*step="):
-                store.restore(abstract(state()))
-            assert {p.name for p in tmp_path.iterdir()} == {"1", "2"}
-            assert store.restore(abstract(state()), step=1).step == 1
-        assert store.restore(abstract(state())).step == 2
 
 
 def test_a_disk_that_cannot_be_looked_at_is_not_an_empty_one(tmp_path, monkeypatch):
