@@ -86,7 +86,7 @@ def train(
             stack.enter_context(use_mesh(mesh, experiment.rules))
         graphdef, abstract = abstract_state(experiment, mesh)
         check_source(experiment, workdir)
-        workdir, tokenizer, changes = open_workdir(workdir, experiment)
+        workdir, tokenizer, notes = open_workdir(workdir, experiment)
         stop = stack.enter_context(StopRequest())
 
         # What to read.
@@ -109,8 +109,8 @@ def train(
 
         console = Console(config.steps, step, quiet=quiet or not primary)
         stack.callback(console.close)
-        for change in changes:
-            console.say(f"changed since the last run: {change}")
+        for note in notes:
+            console.say(note)
         if step >= config.steps:
             console.say(f"{workdir} is complete: {step} of {config.steps} steps are done")
             return Result(state, graphdef, step, "already complete", {})

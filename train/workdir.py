@@ -52,28 +52,34 @@ def open_workdir(
     """Make the folder this experiment's, or see that it is.
 
     Writes ``experiment.json`` and ``tokenizer/``. A folder that has a tokenizer keeps it: the run
-    goes on with the very one it began with.
+    goes on with the very one it began with. A folder of a run that ended before it saved anything
+    is any experiment's.
 
     Returns:
-        ``(folder, tokenizer, changes)``; ``changes`` are the fields that differ from the last run.
+        ``(folder, tokenizer, notes)``; ``notes`` are lines on what differs from the last run.
 
     Raises:
         InputError: it belongs to another experiment; names every field that differs.
     """
     workdir = epath.Path(workdir).expanduser()
-    changes = _check_owner(workdir, experiment)
+    before, notes = _check_owner(workdir, experiment)
     saved = workdir / TOKENIZER
     try:
-        tokenizer = load_tokenizer(saved if saved.exists() else experiment.data.tokenizer)
+        source = experiment.data.tokenizer
+        keep = saved.exists() and (before is None or before.data.tokenizer == source)
+        tokenizer = load_tokenizer(saved if keep else source)
         check_vocabulary(experiment, tokenizer)
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
-            if not saved.exists():
-                _save_tokenizer(tokenizer, saved)
+            if before is not None:
+                _remove_traces(workdir, tokenizer=not keep)
+            # A kill after this line: the next start sees whose folder it is, and no tokenizer.
             _replace(workdir / EXPERIMENT, json.dumps(experiment_to_dict(experiment), indent=1))
+            if not keep:
+                _save_tokenizer(tokenizer, saved)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"workdir={str(workdir)!r} cannot be used as a folder: {error}") from error
-    return workdir, tokenizer, changes
+    return workdir, tokenizer, notes
 
 
 def check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
@@ -114,7 +120,10 @@ def may_change(path: str) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in MAY_CHANGE)
 
 
-def _check_owner(workdir: epath.Path, experiment: Experiment) -> list[str]:
+def _check_owner(
+    workdir: epath.Path, experiment: Experiment
+) -> tuple[Experiment | None, list[str]]:
+    """``(the experiment to take the folder from, if there is one, lines for the console)``."""
     path = workdir / EXPERIMENT
     if not path.exists():
         if (workdir / CHECKPOINTS).exists():
@@ -123,7 +132,7 @@ def _check_owner(workdir: epath.Path, experiment: Experiment) -> list[str]:
                 "checkpoint (checkpoints/<step>/documents/experiment.json) there, or use another "
                 "workdir"
             )
-        return []
+        return None, []
     try:
         before = experiment_from_dict(json.loads(path.read_text()))
     except ValueError as error:
@@ -135,25 +144,49 @@ def _check_owner(workdir: epath.Path, experiment: Experiment) -> list[str]:
     other = [change for change in changes if not may_change(_field(change))]
     if experiment.train.steps < before.train.steps:
         other += [change for change in changes if _field(change) == "train.steps"]
+    if other and not _has_saved(workdir):
+        return before, [
+            f"{workdir} is this experiment's from now on; the one before it saved nothing, and "
+            f"differs in {'; '.join(other)}"
+        ]
     if other:
         raise InputError(
             f"workdir={str(workdir)!r} belongs to another experiment, which differs in "
             f"{'; '.join(other)}. Use another workdir, or set these fields back"
         )
-    return changes
+    return None, [f"changed since the last run: {change}" for change in changes]
+
+
+def _has_saved(workdir: epath.Path) -> bool:
+    """Whether a save was begun: also what is unfinished, damaged or set aside is somebody's."""
+    checkpoints = workdir / CHECKPOINTS
+    return checkpoints.exists() and next(iter(checkpoints.iterdir()), None) is not None
 
 
 def _field(change: str) -> str:
     return change.partition(":")[0]
 
 
+def _remove_traces(workdir: epath.Path, *, tokenizer: bool) -> None:
+    """Remove what would be taken for this run's, and is that of the experiment before."""
+    (workdir / f"{GENERATION}.json").unlink(missing_ok=True)
+    saved = workdir / TOKENIZER
+    if tokenizer and saved.exists():
+        saved.rename(_empty_part(saved)).rmtree()
+
+
 def _save_tokenizer(tokenizer: Any, directory: epath.Path) -> None:
     # Whole or not at all: a folder that a kill left half written would be believed.
+    part = _empty_part(directory)
+    tokenizer.save(part)
+    part.rename(directory)
+
+
+def _empty_part(directory: epath.Path) -> epath.Path:
     part = directory.parent / f"{directory.name}.part"
     if part.exists():
         part.rmtree()
-    tokenizer.save(part)
-    part.rename(directory)
+    return part
 
 
 def _replace(path: epath.Path, text: str) -> None:

@@ -1,16 +1,22 @@
 """What a training checkpoint holds: the whole state, every process's streams, on any mesh."""
 
 import dataclasses
+import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from jaxalope.configs.experiment import experiment_from_dict
 from jaxalope.configs.overlay import overlay
 from jaxalope.configs.registry import get_experiment
+from jaxalope.data.documents import Document
 from jaxalope.data.pipeline import Pipeline
 from jaxalope.data.tokenizers import load_tokenizer
+from jaxalope.data.train_tokenizer import train as train_tokenizer
+from jaxalope.errors import InputError
 from jaxalope.model import checkpoint
 from jaxalope.sharding import make_mesh
 from jaxalope.train.checkpoints import TrainCheckpoints
@@ -92,3 +98,51 @@ def test_data_states_of_several_processes_are_stored_apart_and_restored_by_one(
     np.testing.assert_array_equal(next(resumed)["tokens"], next(whole)["tokens"])
     for pipeline in (*pipelines, whole, resumed):
         pipeline.close()
+
+
+@pytest.fixture
+def failed(bigram, tmp_path):
+    """The workdir of a run that ended before it saved anything, and its experiment."""
+    experiment = overlay(bigram, ["data.sources=no/such/file", "train.steps=9"])
+    open_workdir(tmp_path, experiment)
+    (tmp_path / "generation.json").write_text("{}")
+    return tmp_path, experiment
+
+
+def saved_experiment(workdir):
+    return experiment_from_dict(json.loads((workdir / "experiment.json").read_text()))
+
+
+def test_a_workdir_without_a_checkpoint_is_taken_over_by_the_corrected_command(bigram, failed):
+    workdir, _ = failed
+    inode = (workdir / "tokenizer").stat().st_ino
+    _, _, notes = open_workdir(workdir, bigram)
+    assert len(notes) == 1 and "this experiment's from now on" in notes[0]
+    assert "data.sources" in notes[0] and "train.steps: 9 -> 8" in notes[0]
+    assert saved_experiment(workdir) == bigram
+    assert (workdir / "tokenizer").stat().st_ino == inode
+    assert not (workdir / "generation.json").exists()
+    assert open_workdir(workdir, bigram)[2] == []
+
+
+def test_another_tokenizer_replaces_that_of_a_run_which_saved_nothing(bigram, failed, tmp_path):
+    workdir, _ = failed
+    assert load_tokenizer(workdir / "tokenizer").vocab_size == 320
+    small = train_tokenizer([[Document("a", "hello world")]], 270)
+    small.save(tmp_path / "small")
+    experiment = overlay(bigram, [f"data.tokenizer={tmp_path / 'small'}"])
+    _, tokenizer, _ = open_workdir(workdir, experiment)
+    assert tokenizer.vocab_size == small.vocab_size
+    assert load_tokenizer(workdir / "tokenizer").vocab_size == small.vocab_size
+    # And is kept from now on, wherever it came from.
+    shutil.rmtree(tmp_path / "small")
+    assert open_workdir(workdir, experiment)[1].vocab_size == small.vocab_size
+
+
+@pytest.mark.parametrize("left", ["4", "4.unreadable", "4.orbax-checkpoint-tmp-1", "4.saving"])
+def test_whatever_was_saved_keeps_the_workdir(bigram, failed, left):
+    workdir, experiment = failed
+    (workdir / "checkpoints" / left).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"belongs to another experiment.*data\.sources"):
+        open_workdir(workdir, bigram)
+    assert saved_experiment(workdir) == experiment
