@@ -24,6 +24,10 @@ _CHUNK = 1 << 24
 # The row groups in use, of all sources of the process. The streams of a run drift apart, and a
 # group is in use from when the first of them reaches it until the last has left it.
 _GROUPS = ByteCache(2 << 30)
+# Beside what no JSON is: Python's limits on the digits of an integer and on depth.
+_NOT_JSON = (ValueError, RecursionError)
+# In what Riegeli says of them: "pread() failed: Input/output error".
+_SYSTEM_CALL = "() failed: "
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -134,7 +138,7 @@ class JsonLines:
             return Document(name, "")
         try:
             record = json.loads(text)
-        except json.JSONDecodeError as e:
+        except _NOT_JSON as e:
             raise InputError(
                 f"{name} is not JSON: {e}. Mend this line, or empty it: a run goes on with an "
                 "edited file that has the same number of lines. Or set the source's skip_bad."
@@ -178,6 +182,11 @@ class Parquet:
     order, and the rows in random order within theirs.
     """
 
+    _REMEDY = (
+        "Write the file anew with this row mended or empty and as many rows in every row group, or "
+        "set the source's skip_bad."
+    )
+
     def __init__(self, config: SourceConfig, files: Sequence[File]):
         try:
             import pyarrow
@@ -215,8 +224,16 @@ class Parquet:
     def _open(self, handle: Any, file: File) -> Any:
         try:
             return self._parquet.ParquetFile(handle)
-        except self._arrow_errors as e:
+        except (self._arrow_errors, OSError) as e:
+            if not self._is_damage(e):
+                raise
             raise InputError(f"{file.name} is not a Parquet file that can be read: {e}") from e
+
+    def _is_damage(self, error: Exception) -> bool:
+        """Whether an error is the file's fault, not that of memory, the disk or the network."""
+        if isinstance(error, OSError):  # Arrow's own are plain and have no number.
+            return type(error) is OSError and error.errno is None
+        return not isinstance(error, MemoryError)
 
     def _table(self, block: int) -> Any:
         def read():
@@ -234,14 +251,16 @@ class Parquet:
         row = index - (int(self._ends[block - 1]) if block else 0)
         n, group = self._groups[block]
         name = f"{self._files[n].name}#{group}:{row}"
-        table = self._table(block)
         try:
+            table = self._table(block)
             record = {field: table.column(field)[row].as_py() for field in self._columns}
         except UnicodeDecodeError as e:  # Writers need not check what they call a string.
-            raise InputError(
-                f"{name} is not UTF-8 ({e}). Write the file anew with this row mended or empty and "
-                "as many rows in every row group, or set the source's skip_bad."
-            ) from e
+            raise InputError(f"{name} is not UTF-8 ({e}). {self._REMEDY}") from e
+        except (self._arrow_errors, OSError) as e:
+            if not self._is_damage(e):
+                raise
+            reason = " ".join(str(e).split())
+            raise InputError(f"{name} cannot be read ({reason}). {self._REMEDY}") from e
         return _document(record, self._config, name)
 
 
@@ -256,6 +275,7 @@ class ArrayRecord:
         self.label = config.path
         self._config, self._field = config, config.field
         self._names = [f.name for f in files]
+        self._open = grain.sources.ArrayRecordDataSource
         # The reader opens local files only: others are copied to a temporary file.
         paths = []
         for file in files:
@@ -264,8 +284,9 @@ class ArrayRecord:
                 path = _temporary_file(self, ".arrayrecord")
                 file.path.copy(path, overwrite=True)
             paths.append(os.fspath(path))
+        self._paths = paths
         try:
-            self._records = grain.sources.ArrayRecordDataSource(paths)
+            self._records = self._open(paths)
             self._length = len(self._records)
         except (RuntimeError, ValueError) as e:
             raise InputError(f"source {self.label!r} cannot be read as ArrayRecord: {e}") from e
@@ -279,7 +300,15 @@ class ArrayRecord:
 
     def __getitem__(self, index: int) -> Document:
         name = f"{self.label}#{index}"
-        data = self._records[index]
+        try:
+            data = self._records[index]
+        except (RuntimeError, ValueError) as e:
+            if _SYSTEM_CALL in str(e):  # The disk's fault, not the file's.
+                raise
+            raise InputError(
+                f"{self._place(index)} cannot be read: {e}. Write the file anew with as many "
+                "records, or set the source's skip_bad."
+            ) from e
         if self._field and data[:1] == b"\n":  # Key 1, a message: how every Example begins.
             return _document(parse_example(data, name), self._config, name)
         text = decode_utf8(data, 0, name)
@@ -287,12 +316,18 @@ class ArrayRecord:
             return Document(name, text)
         try:
             record = json.loads(text)
-        except json.JSONDecodeError as e:
+        except _NOT_JSON as e:
             raise InputError(
                 f"{name} is neither JSON nor a tf.train.Example; if the record is the text itself, "
                 f'set field="". ({e})'
             ) from e
         return _document(record, self._config, name)
+
+    def _place(self, index: int) -> str:
+        """The file of a record, and which of its records that is."""
+        ends = np.cumsum([len(self._open([path])) for path in self._paths])
+        n = int(np.searchsorted(ends, index, side="right"))
+        return f"{self._names[n]}#{index - (int(ends[n - 1]) if n else 0)}"
 
 
 class _Side:

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import gc
 import gzip
 import json
@@ -202,6 +203,12 @@ def test_other_file_systems_are_read_through_epath(reader, name, tmp_path):
         ("a.txt", b"", "is empty"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "\xe9"}', r"a\.jsonl is not UTF-8: byte 25 is 0xe9"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": ', r"a\.jsonl:2 is not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "", "n": ' + b"1" * 5000 + b"}",
+            r"a\.jsonl:1 is not JSON.*digits",
+        ),
+        ("a.jsonl", b"[" * 200_000, r"a\.jsonl:1 is not JSON.*recursion"),
         ("a.jsonl", b'{"txt": "ok", "id": 1}', r"a\.jsonl:1 has no field 'text'.*\['id', 'txt'\]"),
         ("a.jsonl", b"[1]", r"a\.jsonl:1 is a list"),
         ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: field 'text' holds int"),
@@ -337,3 +344,60 @@ def test_a_row_that_is_not_utf8_is_named_and_may_be_skipped(tmp_path):
             "",
             "fine too",
         ]
+
+
+def damage(path, start, stop):
+    content = bytearray(path.read_bytes())
+    for at in range(start, stop):
+        content[at] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy"])
+def test_a_damaged_row_group_is_named_and_may_be_skipped(compression, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, texts = tmp_path / "a.parquet", [f"{n} " * 99 for n in range(8)]
+    table = pa.table({"text": texts})
+    pq.write_table(table, path, row_group_size=4, compression=compression, use_dictionary=False)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    end = column.data_page_offset + column.total_compressed_size
+    damage(path, end - 20, end)
+    config = SourceConfig(path=str(path))
+    source = open_source(config)
+    assert source[3].text == texts[3]
+    with pytest.raises(InputError, match=r"a\.parquet#1:2 cannot be read .*skip_bad"):
+        source[6]
+    with pytest.warns(UserWarning, match=r"passed over, 4 of skip_bad=4: a\.parquet#1:3"):
+        assert read(open_source(dataclasses.replace(config, skip_bad=4))) == [*texts[:4], *[""] * 4]
+
+
+def test_a_disk_that_fails_is_not_a_bad_document(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    source = open_source(SourceConfig(path=str(tmp_path / "a.parquet"), skip_bad=9))
+
+    def read_row_group(self, *args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.read_row_group", read_row_group)
+    with pytest.raises(OSError, match="Input/output"):
+        source[0]
+
+
+def test_a_damaged_record_is_named_and_may_be_skipped(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(3000).hex() for _ in range(40)]
+    for name in "ab":
+        write_records(tmp_path / f"{name}.arrayrecord", [text.encode() for text in texts])
+    damage(tmp_path / "b.arrayrecord", 100_000, 100_100)
+    config = SourceConfig(path=str(tmp_path / "*.arrayrecord"), field="", skip_bad=80)
+    with pytest.warns(UserWarning, match=r"b\.arrayrecord#\d+ cannot be read: .*Corrupt") as told:
+        found = read(open_source(config))
+    assert 0 < len(told) < 5
+    assert sum(text == "" for text in found) == len(told) and "" not in found[:40]
+    index = found.index("") - 40
+    assert f"b.arrayrecord#{index} " in str(told[0].message)
+    source = open_source(config)
+    (tmp_path / "a.arrayrecord").unlink()
+    with pytest.raises(RuntimeError, match="No such file"):
+        source[0]
