@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
@@ -18,6 +17,7 @@ from . import corpora
 from .cache import ByteCache
 from .config import SourceConfig
 from .documents import Document, File, Source, Split, decode_utf8, fingerprint_of, read_range
+from .scratch import make_scratch
 from .tf_example import parse_example
 
 _CHUNK = 1 << 24
@@ -71,14 +71,6 @@ def _identity(config: SourceConfig) -> str:
     return " ".join(map(str, [config.field, *more]))
 
 
-def _temporary_file(owner: object, suffix: str = "") -> epath.Path:
-    """A file that goes when `owner` does."""
-    handle, name = tempfile.mkstemp(prefix="jaxalope-", suffix=suffix)
-    os.close(handle)
-    weakref.finalize(owner, lambda: os.path.exists(name) and os.unlink(name))
-    return epath.Path(name)
-
-
 class JsonLines:
     """JSONL. One pass at the start finds the lines; only their offsets are kept.
 
@@ -94,11 +86,13 @@ class JsonLines:
         self._config = config
         self._names = [f.name for f in files]
         self._paths: list[epath.Path] = []
+        compressed = [file.path.suffix in (".gz", ".zst") for file in files]
+        scratch = make_scratch(self) if any(compressed) else None
         spans, owners = [], []
         for n, file in enumerate(files):
             path = file.path
-            if path.suffix in (".gz", ".zst"):
-                path = self._decompress(path)
+            if compressed[n]:
+                path = self._decompress(path, scratch / f"{n}.jsonl")
             self._paths.append(path)
             ends = _line_ends(path)
             starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
@@ -110,8 +104,7 @@ class JsonLines:
         self.fingerprint = fingerprint_of([_identity(config), *((f.name, f.size) for f in files)])
         self.numbering = fingerprint_of([_identity(config), len(self._spans)])
 
-    def _decompress(self, path: epath.Path) -> epath.Path:
-        plain = _temporary_file(self, ".jsonl")
+    def _decompress(self, path: epath.Path, plain: epath.Path) -> epath.Path:
         try:
             with path.open("rb") as raw, plain.open("wb") as out:
                 if path.suffix == ".gz":
@@ -276,17 +269,15 @@ class ArrayRecord:
         self._config, self._field = config, config.field
         self._names = [f.name for f in files]
         self._open = grain.sources.ArrayRecordDataSource
-        # The reader opens local files only: others are copied to a temporary file.
-        paths = []
-        for file in files:
-            path = file.path
-            if "://" in os.fspath(path):
-                path = _temporary_file(self, ".arrayrecord")
-                file.path.copy(path, overwrite=True)
-            paths.append(os.fspath(path))
-        self._paths = paths
+        # The reader opens local files only: others are copied to one.
+        self._paths = [os.fspath(f.path) for f in files]
+        scratch = make_scratch(self) if any("://" in path for path in self._paths) else None
+        for n, path in enumerate(self._paths):
+            if "://" in path:
+                self._paths[n] = os.fspath(scratch / f"{n}.arrayrecord")
+                files[n].path.copy(self._paths[n])
         try:
-            self._records = self._open(paths)
+            self._records = self._open(self._paths)
             self._length = len(self._records)
         except (RuntimeError, ValueError) as e:
             raise InputError(f"source {self.label!r} cannot be read as ArrayRecord: {e}") from e

@@ -4,13 +4,17 @@ import gc
 import gzip
 import json
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 from etils import epath
 
-from jaxalope.data import documents, records
+from jaxalope.data import documents, records, scratch
 from jaxalope.data.cache import ByteCache
 from jaxalope.data.config import SourceConfig
 from jaxalope.data.readers import open_source
@@ -117,13 +121,49 @@ def test_several_files_are_one_corpus_in_the_order_of_their_names(tmp_path):
 
 
 def test_uncompressed_copies_go_with_the_source(tmp_path, monkeypatch):
-    monkeypatch.setattr(records.tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     write_jsonl(tmp_path / "a.jsonl.gz", TEXTS, gzip.open)
     source = open_source(SourceConfig(path=str(tmp_path / "a.jsonl.gz")))
     assert len(os.listdir(tmp_path / "scratch")) == 1
-    del source
+    # Another one of the same process, or of another one, leaves it alone.
+    other = open_source(SourceConfig(path=str(tmp_path / "a.jsonl.gz")))
+    assert read(source) == read(other) == TEXTS
+    del source, other
     assert os.listdir(tmp_path / "scratch") == []
+
+
+def test_uncompressed_copies_of_a_killed_process_go_at_the_next_start(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    write_jsonl(tmp_path / "a.jsonl.gz", TEXTS, gzip.open)
+    program = """
+        import os, signal, sys
+        from jaxalope.data.config import SourceConfig
+        from jaxalope.data.readers import open_source
+        source = open_source(SourceConfig(path=sys.argv[1]))
+        os.write(1, b"open\\n")
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "a.jsonl.gz")],
+        env=os.environ | {"TMPDIR": str(tmp_path / "scratch")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        process.stdout.readline()
+        monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path / "scratch"))
+        (theirs,) = os.listdir(tmp_path / "scratch")
+        source = open_source(SourceConfig(path=str(tmp_path / "a.jsonl.gz")))
+        assert len(os.listdir(tmp_path / "scratch")) == 2  # It lives.
+        process.stdin.close()
+    assert process.returncode == -signal.SIGKILL
+    del source
+    assert os.listdir(tmp_path / "scratch") == [theirs]
+    source = open_source(SourceConfig(path=str(tmp_path / "a.jsonl.gz")))
+    assert len(os.listdir(tmp_path / "scratch")) == 1
+    assert theirs not in os.listdir(tmp_path / "scratch")
+    assert read(source) == TEXTS
 
 
 def test_plain_records_and_other_fields(tmp_path):
