@@ -8,7 +8,6 @@ wrong.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import warnings
 
@@ -50,8 +49,6 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0,
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, multi-host.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, multi-host.")
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 def main(argv: list[str]) -> int:
     """Run what the flags say; returns the exit status."""
@@ -72,9 +69,10 @@ def main(argv: list[str]) -> int:
         return _fail(error, 2)
     except (FloatingPointError, OSError) as error:
         from .ledger import NonFiniteLoss
+        from .workdir import DISK_FULL
 
         if isinstance(error, NonFiniteLoss | ReadError | SaveError) or (
-            isinstance(error, OSError) and error.errno in _DISK_FULL
+            isinstance(error, OSError) and error.errno in DISK_FULL
         ):
             return _fail(error, 1)
         raise

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +15,9 @@ from etils import epath
 from ..configs.experiment import Experiment, diff, experiment_from_dict, experiment_to_dict
 from ..data.tokenizers import Tokenizer, load_tokenizer
 from ..errors import InputError
+from ..model.storage import is_transient
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 EXPERIMENT = "experiment.json"
 TOKENIZER = "tokenizer"
@@ -62,13 +67,21 @@ def open_workdir(
         InputError: it belongs to another experiment; names every field that differs.
     """
     workdir = epath.Path(workdir).expanduser()
-    before, notes = _check_owner(workdir, experiment)
-    saved = workdir / TOKENIZER
-    try:
-        source = experiment.data.tokenizer
+    saved, source = workdir / TOKENIZER, experiment.data.tokenizer
+    folder = (
+        f"workdir={str(workdir)!r} cannot be used as a folder",
+        "Name another one, or make it one that this user can write",
+    )
+    with _or_wrong(*folder):
+        before, notes = _check_owner(workdir, experiment)
         keep = saved.exists() and (before is None or before.data.tokenizer == source)
-        tokenizer = load_tokenizer(saved if keep else source)
-        check_vocabulary(experiment, tokenizer)
+        if keep:
+            tokenizer = load_tokenizer(saved)
+    if not keep:
+        with _or_wrong(f"data.tokenizer={source!r} cannot be read", "Name another one"):
+            tokenizer = load_tokenizer(source)
+    check_vocabulary(experiment, tokenizer)
+    with _or_wrong(*folder):
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
             if before is not None:
@@ -77,9 +90,21 @@ def open_workdir(
             _replace(workdir / EXPERIMENT, json.dumps(experiment_to_dict(experiment), indent=1))
             if not keep:
                 _save_tokenizer(tokenizer, saved)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"workdir={str(workdir)!r} cannot be used as a folder: {error}") from error
     return workdir, tokenizer, notes
+
+
+@contextlib.contextmanager
+def _or_wrong(what: str, remedy: str) -> Iterator[None]:
+    """What the system has against a path, as an :class:`InputError`.
+
+    Not a full disk, nor a storage that fails for the moment: they say nothing about the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL or is_transient(error):
+            raise
+        raise InputError(f"{what}: {error}. {remedy}") from error
 
 
 def check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:

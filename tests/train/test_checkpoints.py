@@ -1,7 +1,9 @@
 """What a training checkpoint holds: the whole state, every process's streams, on any mesh."""
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import shutil
 
@@ -146,3 +148,33 @@ def test_whatever_was_saved_keeps_the_workdir(bigram, failed, left):
     with pytest.raises(InputError, match=r"belongs to another experiment.*data\.sources"):
         open_workdir(workdir, bigram)
     assert saved_experiment(workdir) == experiment
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.EROFS, InputError, "workdir=.* cannot be used as a folder.*Read-only.*Name another"),
+        (errno.ENOSPC, OSError, "No space left"),
+        (errno.EIO, OSError, "Input/output"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_wrong_input_and_a_full_disk_is_not(
+    bigram, tmp_path, monkeypatch, number, kind, words
+):
+    def mkdir(self, *args, **kwargs):
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(type(checkpoint.epath.Path(tmp_path)), "mkdir", mkdir)
+    with pytest.raises(kind, match=words):
+        open_workdir(tmp_path / "run", bigram)
+
+
+def test_a_tokenizer_that_may_not_be_read_is_not_called_a_workdir(bigram, tmp_path, monkeypatch):
+    def read_bytes(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    experiment = overlay(bigram, [f"data.tokenizer={tmp_path / 'tokenizer.json'}"])
+    monkeypatch.setattr(type(checkpoint.epath.Path(tmp_path)), "read_bytes", read_bytes)
+    with pytest.raises(InputError, match=r"^data\.tokenizer=.* cannot be read.*Permission"):
+        open_workdir(tmp_path / "run", experiment)

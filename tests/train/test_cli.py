@@ -52,6 +52,8 @@ def test_list_names_every_experiment_with_its_first_line(run):
         (["--config=tiny", "--workdir=w", "--set=train.steps=x"], ["train.steps", "int"]),
         (["--config=tiny", "--workdir=w", "train.steps=1"], ["unexpected 'train.steps=1'"]),
         (["--config=nothing.json", "--workdir=w"], ["no such file"]),
+        ([f"--config={BIGRAM}", f"--workdir={'w' * 300}"], ["workdir='www", "File name too long"]),
+        ([f"--config={BIGRAM}", "--workdir=/proc/w"], ["workdir='/proc/w'", "cannot be used"]),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, args, words):
