@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..model import fields
 from ..model.load import saved_config
-from ..model.registry import config_from_dict, config_to_dict
+from ..model.registry import FAMILIES, config_from_dict, config_to_dict
 from ..model.retrofit import AnyRetrofit, DecodingHeadsConfig
 from ..sharding import AxisRules, MeshConfig
 from .checks import require
@@ -140,6 +140,8 @@ class Part:
         source: the workdir (or a checkpoint in one) or the published model that it comes from.
     """
 
+    REMEDY: ClassVar[str] = "take a part from another run with --set model.NAME=SOURCE"
+
     name: str
     source: str
 
@@ -261,6 +263,11 @@ def experiment_from_dict(values: dict[str, Any]) -> Experiment:
     """
     if not isinstance(values, dict) or "model" not in values:
         raise InputError("an experiment is a JSON object with a `model`; this one has none")
+    if not isinstance(values["model"], dict):
+        raise InputError(
+            f"model={values['model']!r} cannot be used; give an object with the `family`, one of "
+            f"{', '.join(FAMILIES)}, and its fields"
+        )
     experiment = fields.from_json(values | {"model": None}, Experiment, "")
     return dataclasses.replace(experiment, model=config_from_dict(values["model"]))
 

@@ -13,11 +13,18 @@ from .checks import require
 # ------------------------------------------------------------------------------------ optimizers
 
 
+_POSITIVE = "must be positive and finite"
+
+
+def _is_positive(value: float) -> bool:
+    return value > 0 and math.isfinite(value)
+
+
 def _check_shared(optimizer: AdamW | Muon) -> None:
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
         require(0 <= value < 1, f"optimizer.{name}", value, "must be in [0, 1)")
-    require(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "must be positive")
+    require(_is_positive(optimizer.eps), "optimizer.eps", optimizer.eps, _POSITIVE)
     require(
         optimizer.weight_decay >= 0 and math.isfinite(optimizer.weight_decay),
         "optimizer.weight_decay",
@@ -90,7 +97,7 @@ class Muon:
             self.newton_schulz_steps,
             "must be 1 or more",
         )
-        require(self.rms > 0, "optimizer.rms", self.rms, "must be positive")
+        require(_is_positive(self.rms), "optimizer.rms", self.rms, _POSITIVE)
 
 
 Optimizer = AdamW | Muon

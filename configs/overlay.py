@@ -124,10 +124,29 @@ def _apply_to_tuple(value: tuple, change: _Change, hint: Any, path: str, root: A
         if types is None:
             raise InputError(f"--set {path}.{key}: {path} wants {fields.describe(hint)}")
         if index == len(items):
-            (cls,) = fields.kinds(types[index]).values() or (None,)
-            items.append(cls() if cls and below.below else None)
+            items.append(_appended(below, types[index], f"{path}.{key}"))
         items[index] = _apply(items[index], below, types[index], f"{path}.{key}", root)
     return tuple(items)
+
+
+def _appended(change: _Change, hint: Any, path: str) -> Any:
+    """What stands at a place past the end of a tuple before the change is made there."""
+    kinds = fields.kinds(hint)
+    if change.text is not None or not change.below or not kinds:
+        return None
+    if len(kinds) > 1:
+        raise InputError(
+            f"--set {path}.{next(iter(change.below))}: there is no {path} yet; say which it is "
+            f"first, as {path}=KIND (one of {', '.join(kinds)})"
+        )
+    (cls,) = kinds.values()
+    if lacking := fields.required(cls):
+        raise InputError(
+            f"--set {path}.{next(iter(change.below))}: there is no {path} yet, and a "
+            f"{cls.__name__} has no default for {', '.join(lacking)}; "
+            f"{getattr(cls, 'REMEDY', 'start from a file that has one')}"
+        )
+    return cls()
 
 
 def _unknown(value: Any, name: str, path: str, root: Any) -> InputError:

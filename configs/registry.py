@@ -75,18 +75,23 @@ def get_experiment(name_or_file: str) -> Experiment:
     Raises:
         InputError: an unknown name (the nearest is suggested), or a file that holds no experiment.
     """
-    if name_or_file.endswith((".py", ".json")):
-        path = epath.Path(name_or_file)
+    if name_or_file in EXPERIMENTS:
+        return EXPERIMENTS[name_or_file]()
+    path = epath.Path(name_or_file)
+    if path.is_dir():
+        raise InputError(
+            f"config={name_or_file!r} is a folder; name a file in it (a run's is "
+            f"{path / 'experiment.json'})"
+        )
+    if path.suffix in (".py", ".json"):
         if not path.exists():
             raise InputError(f"config={name_or_file!r}: there is no such file")
         return _from_json(path) if path.suffix == ".json" else _from_python(path)
-    if name_or_file not in EXPERIMENTS:
-        near = fields.nearest(name_or_file, EXPERIMENTS)
-        raise InputError(
-            f"config={name_or_file!r} is no experiment{near} (known: {', '.join(EXPERIMENTS)}; or "
-            "the path of a .py with a function `experiment`, or of a .json)"
-        )
-    return EXPERIMENTS[name_or_file]()
+    near = fields.nearest(name_or_file, EXPERIMENTS)
+    raise InputError(
+        f"config={name_or_file!r} is no experiment{near} (known: {', '.join(EXPERIMENTS)}; or "
+        "the path of a .py with a function `experiment`, or of a .json)"
+    )
 
 
 def _from_json(path: epath.Path) -> Experiment:

@@ -27,6 +27,16 @@ def field_types(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
+def required(cls: type) -> list[str]:
+    """The fields of a dataclass that have no default."""
+    nothing = dataclasses.MISSING
+    return [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.init and f.default is nothing and f.default_factory is nothing
+    ]
+
+
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """The members of a union; a single type is its own only one."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -141,14 +151,7 @@ def _dataclass_from_json(values: dict[str, Any], hint: Any, path: str) -> Any:
         if name not in known:
             raise unknown_field(cls, name, place)
         read[name] = from_json(value, known[name], place)
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.init
-        and f.name not in read
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
+    missing = [name for name in required(cls) if name not in read]
     if missing:
         raise InputError(f"{path or cls.__name__} lacks {', '.join(missing)}, without a default")
     return cls(**read)
@@ -214,7 +217,7 @@ def _read(text: str, option: Any, path: str, current: Any, *, lone_is_tuple: boo
         if bracketed or "," in word or lone_is_tuple:
             return _read_tuple(word[1:-1] if bracketed else word, option, path)
     if dataclasses.is_dataclass(option):
-        return _read_dataclass(word, option, current)
+        return _read_dataclass(word, option, path, current)
     raise ValueError(text)
 
 
@@ -238,7 +241,7 @@ def _read_tuple(inner: str, option: Any, path: str) -> tuple[Any, ...]:
     )
 
 
-def _read_dataclass(word: str, cls: type, current: Any) -> Any:
+def _read_dataclass(word: str, cls: type, path: str, current: Any) -> Any:
     if hasattr(cls, "kind"):
         if word != cls.kind:
             raise ValueError(word)
@@ -247,4 +250,9 @@ def _read_dataclass(word: str, cls: type, current: Any) -> Any:
     first = next(iter(field_types(cls)), None)
     if first is None or field_types(cls)[first] is not str:
         raise ValueError(word)
+    if lacking := [name for name in required(cls) if name != first]:
+        raise InputError(
+            f"{path}={word!r} cannot be used: a {cls.__name__} has no default for "
+            f"{', '.join(lacking)}; {getattr(cls, 'REMEDY', 'start from a file that has one')}"
+        )
     return cls(**{first: word})

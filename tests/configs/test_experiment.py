@@ -51,12 +51,20 @@ def test_json_gives_back_every_kind_and_every_sort_of_value():
         (("optimizer", "kind"), "sgd", r"optimizer.kind='sgd' is not known; use one of"),
         (("data", "batch_size"), 2.5, r"data.batch_size=2.5"),
         (("model", "family"), "gpt", r"gpt"),
+        (("optimizer", "eps"), float("inf"), r"optimizer.eps=inf: must be positive and finite"),
+        (("optimizer", "rms"), float("inf"), r"optimizer.rms=inf: must be positive and finite"),
     ],
 )
 def test_json_that_does_not_fit_names_the_field(path, value, message):
     values = experiment_to_dict(get_experiment("tiny"))
     values[path[0]][path[1]] = value
     with pytest.raises(InputError, match=message):
+        experiment_from_dict(values)
+
+
+def test_a_model_that_is_no_object_is_named():
+    values = experiment_to_dict(get_experiment("tiny")) | {"model": 5}
+    with pytest.raises(InputError, match=r"model=5 cannot be used; give an object .*kimi_linear"):
         experiment_from_dict(values)
 
 

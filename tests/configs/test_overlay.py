@@ -94,6 +94,13 @@ def test_settings_are_checked_together_and_the_later_wins(tiny):
         ("checkpoint=often", r"checkpoint.field=value"),
         ("train.ema_decay.rate=1", r"train.ema_decay is None and has no fields"),
         ("data.sources.5.path=x", r"from 0 to 0, or 1 to append"),
+        ("retrofits.0=lorra", r"retrofits.0='lorra' cannot be used; .* did you mean 'lora'\?"),
+        ("retrofits.0.rank=4", r"no retrofits.0 yet; .*retrofits.0=KIND \(.*lora"),
+        (
+            "parts=autoencoder",
+            r"no default for source; .*model.NAME=SOURCE",
+        ),
+        ("parts.0.name=x", r"no parts.0 yet, .*no default for name, source; .*model.NAME=SOURCE"),
         ("train.steps", r"write it as path.to.field=value"),
         ("train.accumulation=3", r"must divide data.batch_size=4"),
         ("train.ema_decay=1.5", r"train.ema_decay=1.5: must be in \(0, 1\)"),
@@ -103,3 +110,9 @@ def test_settings_are_checked_together_and_the_later_wins(tiny):
 def test_a_setting_that_cannot_be_used_says_why_and_what_would(tiny, setting, message):
     with pytest.raises(InputError, match=message):
         overlay(tiny, [setting])
+
+
+def test_a_retrofit_is_appended_by_its_kind_and_set_in_the_same_call(tiny):
+    changed = overlay(tiny, ["retrofits.0=lora", "retrofits.0.rank=4"])
+    assert [type(retrofit).__name__ for retrofit in changed.retrofits] == ["LoRAConfig"]
+    assert changed.retrofits[0].rank == 4

@@ -57,6 +57,13 @@ def test_a_file_without_an_experiment_is_an_error(tmp_path, name, text, message)
         get_experiment(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.py", "run"])
+def test_a_folder_is_not_a_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=rf"{name}' is a folder; .*{name}/experiment\.json"):
+        get_experiment(str(tmp_path / name))
+
+
 # arXiv 2510.26692, the scaling-law table: tokens, learning rate, sequences a batch, layers, width.
 @pytest.mark.parametrize(
     ("name", "tokens", "learning_rate", "batch_size", "layers", "width"),
