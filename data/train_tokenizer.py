@@ -96,17 +96,27 @@ def main(argv: Sequence[str]) -> int:
             )
             for path in _SOURCE.value
         ]
+        sample = next((text for s in sources for text in _texts(s, None) if text), None)
+        if sample is None:
+            raise InputError(
+                f"--source={','.join(_SOURCE.value)}: every document there is empty; name a corpus "
+                "with text in it, or the --field that holds it"
+            )
         tokenizer = train(sources, _VOCAB_SIZE.value, _MAX_DOCUMENTS.value)
-        tokenizer.save(_OUTPUT.value)
+        try:
+            tokenizer.save(_OUTPUT.value)
+        except OSError as e:
+            raise InputError(
+                f"--output={_OUTPUT.value} cannot be written: {e}. Name another directory"
+            ) from e
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    sample = next(text for text in _texts(sources[0], None) if text)
     count = len(tokenizer.encode(sample))
     print(
         f"{_OUTPUT.value}: {tokenizer.vocab_size} ids from "
         f"{sum(map(len, sources))} documents; {len(sample.encode()) / count:.2f} bytes per token "
-        "on the first of them."
+        "on the first with text."
     )
     return 0
 

@@ -3,11 +3,12 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from jaxalope.data.config import SourceConfig
 from jaxalope.data.readers import open_source
 from jaxalope.data.tokenizers import load_tokenizer
-from jaxalope.data.train_tokenizer import train
+from jaxalope.data.train_tokenizer import main, train
 from jaxalope.errors import InputError
 
 
@@ -49,3 +50,37 @@ def test_command(corpus, tmp_path):
     done = subprocess.run([*command, f"--output={out}"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: a.jsonl:1 has no field 'text'")
+
+
+@pytest.fixture
+def command(capsys):
+    """``command(*args) -> (exit status, stdout, stderr)``, in this process."""
+
+    def run(*args):
+        for name in ("source", "field", "output"):
+            flags.FLAGS[name].unparse()
+        status = main(flags.FLAGS(["train_tokenizer", "--vocab_size=280", *args]))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_a_corpus_without_text_is_one_line(tmp_path, command, corpus):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"body": ""}\n' * 40)
+    status, _, err = command(f"--source={empty}", "--field=body", f"--output={tmp_path / 'out'}")
+    assert status == 2 and err.count("\n") == 1
+    assert f"--source={empty}: every document there is empty" in err
+    assert not (tmp_path / "out").exists()
+    # An empty one beside one with text is no mistake.
+    sources = (f"--source={empty}", f"--source={corpus.path}")
+    status, out, _ = command(*sources, "--field=body", f"--output={tmp_path / 'out'}")
+    assert status == 0 and "bytes per token" in out
+
+
+def test_an_output_that_cannot_be_made_is_one_line(tmp_path, command, corpus):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "out"
+    status, _, err = command(f"--source={corpus.path}", "--field=body", f"--output={output}")
+    assert status == 2 and err.count("\n") == 1
+    assert f"--output={output} cannot be written" in err and "Name another" in err
