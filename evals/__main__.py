@@ -12,7 +12,7 @@ import sys
 
 from absl import app, flags, logging
 
-from ..errors import InputError
+from ..errors import InputError, ReadError
 
 _MODEL = flags.DEFINE_string("model", None, "A training workdir, or a published model; required.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; the newest if not given.")
@@ -54,9 +54,9 @@ def main(argv: list[str]) -> int:
             if flags.FLAGS[name].value < 0:
                 raise InputError(f"--{name}={flags.FLAGS[name].value} must be 0 (all) or more")
         _brier_lm()
-    except InputError as error:
+    except (InputError, ReadError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 

@@ -8,7 +8,7 @@ import sys
 
 from absl import app, flags, logging
 
-from ..errors import InputError
+from ..errors import InputError, ReadError
 
 _MODEL = flags.DEFINE_string("model", None, "A training workdir; required.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; the newest if not given.")
@@ -131,9 +131,9 @@ def main(argv: list[str]) -> None:
             _denoise(model)
         else:
             _power(model)
-    except InputError as error:
+    except (InputError, ReadError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
 
 
 def _ways() -> dict[str, str]:

@@ -17,7 +17,7 @@ from etils import epath
 from flax import nnx
 from tqdm import tqdm
 
-from ..errors import InputError, SaveError
+from ..errors import InputError, ReadError, SaveError
 from .handle import Model
 from .load import load, locate, open_lazily, pinned
 from .published import is_published, open_published
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
         convert()
-    except (InputError, SaveError) as error:
+    except (InputError, ReadError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
 

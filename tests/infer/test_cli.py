@@ -107,3 +107,14 @@ def test_bad_input_is_one_line(run, capsys, arguments, words):
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")
     assert words in message
+
+
+def test_a_model_that_cannot_be_read_this_time_is_one_line(run, capsys, monkeypatch):
+    def closed(path, step=None, run=None):
+        raise jaxalope.ReadError("the checkpoint of step 4 could not be read this time: ...")
+
+    monkeypatch.setattr(jaxalope.model, "load", closed)
+    with pytest.raises(SystemExit) as stopped:
+        run("--prompt=ab")
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith("error: the checkpoint of step 4")
