@@ -18,6 +18,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from ..errors import InputError, ReadError, SaveError
+from .fields import float_dtype
 from .handle import Model
 from .load import load, locate, open_lazily, pinned
 from .published import is_published, open_published
@@ -58,11 +59,12 @@ def convert() -> None:
         return
     if _TO.value is None:
         raise InputError("--to is absent; name the directory to write")
+    dtype = float_dtype("--dtype", _DTYPE.value)
     # One step for all that is read, be it while a run goes on and saves.
     source = pinned(_FROM.value, step=_STEP.value, ema=_EMA.value)
     model = open_lazily(source, ema=_EMA.value)
     sizes = [
-        math.prod(x.shape) * np.dtype(_DTYPE.value or x.dtype).itemsize
+        math.prod(x.shape) * np.dtype(dtype or x.dtype).itemsize
         for x in jax.tree.leaves(model.params)
     ]
     chosen = _FORMAT.value or ("orbax" if is_published(source) else "hf")
@@ -71,7 +73,7 @@ def convert() -> None:
             model,
             _TO.value,
             chosen,
-            dtype=_DTYPE.value,
+            dtype=dtype,
             shard_size=_SHARD_SIZE.value,
             source=describe(source, ema=_EMA.value),
             progress=bar.update,

@@ -14,8 +14,12 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from ..errors import InputError
 
+# What weights are kept in: integers would cut them off.
+FLOATS = ("float32", "bfloat16", "float16")
 _NONE_WORDS = ("none", "null")
 _BOOL_WORDS = {"true": True, "false": False}
 
@@ -86,6 +90,24 @@ def unknown_field(cls: type, name: str, path: str) -> InputError:
         f"{path}: {cls.__name__} has no field {name!r}{nearest(name, known)} "
         f"(fields: {', '.join(known)})"
     )
+
+
+def float_dtype(field: str, value: Any) -> str | None:
+    """The name of a dtype of weights; None, which leaves them theirs, is None.
+
+    Raises:
+        InputError: it is none that weights can be cast to and computed with; ``field`` is named.
+    """
+    if value is None:
+        return None
+    try:
+        name = np.dtype(value).name
+    except (TypeError, ValueError):
+        name = None
+    if name not in FLOATS:
+        choices = ", ".join(FLOATS)
+        raise InputError(f"{field}={value!r} is no dtype of weights; use one of {choices}")
+    return name
 
 
 # ------------------------------------------------------------------------------------------- JSON

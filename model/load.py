@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..sharding import AxisRules, abstract, path_name, shardings
 from .checkpoint import document_dir, has_document, read_document, restore_params
 from .exchange import Lazy, Origin, hub
+from .fields import float_dtype
 from .generation_defaults import GenerationDefaults
 from .handle import Model
 from .int8 import as_stored, is_int8
@@ -48,7 +49,8 @@ def load(
         mesh: the devices to lay the parameters out on; one device if None.
         rules: how; the defaults if None.
         dtype: compute dtype, ``"float32"`` or ``"bfloat16"``; as trained or published if None.
-        param_dtype: of the parameters; as stored if None.
+        param_dtype: of the parameters, ``"float32"``, ``"bfloat16"`` or ``"float16"``; as stored if
+            None.
         run: fields of its configuration that say how it runs, and not what it is, to change:
             ``{"scan_layers": False, "decode_implementation": "pallas_gpu"}``. With its layers
             apart (``scan_layers=False``) a model decodes faster on a CPU and on a GPU; a published
@@ -58,6 +60,7 @@ def load(
     Raises:
         InputError: there is no readable model, it does not fit the mesh, or does not run that way.
     """
+    param_dtype = float_dtype("param_dtype", param_dtype)
     directory = locate(path)
     if is_published(directory):
         _refuse_choice(path, step, ema)

@@ -31,6 +31,7 @@ from .exchange import (
     write_weights,
 )
 from .exchange.write import json_text
+from .fields import float_dtype
 from .generation_defaults import GenerationDefaults
 from .handle import Model
 from .registry import FAMILIES, build_model, family_of, run_as, with_dtype
@@ -114,6 +115,7 @@ def open_published(
             configuration, files that are damaged or absent, or parameters that do not divide over
             the mesh.
     """
+    param_dtype = float_dtype("param_dtype", param_dtype)
     config, published, contents = read_config(directory)
     if dtype is not None:
         config = with_dtype(config, dtype)
@@ -276,6 +278,7 @@ def sources_of(model: Model, dtype: str | None = None) -> Sources:
     Raises:
         InputError: something of the model has no place in the published form.
     """
+    dtype = float_dtype("dtype", dtype)
     read_as = model.origin.tensors if model.origin else {}
     leaves = layout_of_model(_table(model.config), model.config, model.params, read_as)
 

@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..sharding import path_name
 from .checkpoint import CheckpointStore
 from .exchange import Lazy
+from .fields import float_dtype
 from .handle import Model
 from .int8 import is_int8
 from .published import write_published
@@ -43,7 +44,8 @@ def save(
         path: the directory; it must not exist, or be empty.
         format: ``"hf"``, the published form, which ``transformers`` loads; or ``"orbax"``, a
             workdir as training leaves it, from which :func:`jaxalope.load` and ``init_from`` read.
-        dtype: of the tensors; as they were read (of another model: as they are) if None.
+        dtype: of the tensors, ``"float32"``, ``"bfloat16"`` or ``"float16"``; as they were read (of
+            another model: as they are) if None.
         shard_size: of a safetensors file, such as ``"5GB"``, or bytes.
         source: what the model was read from, as :func:`.unfinished.describe` says it. Whole files
             of the published form that a failure left in ``<path>.partial`` stay there then, and
@@ -56,6 +58,7 @@ def save(
             that is there already.
         SaveError: the disk is full, or cannot be written to; nothing stands under ``path``.
     """
+    dtype = float_dtype("dtype", dtype)
     if format not in FORMATS:
         raise InputError(f"format={format!r} is not one of {FORMATS}")
     if jax.process_count() > 1 and format == "hf":

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import weakref
 
 import jax
@@ -228,3 +230,22 @@ def test_an_export_reads_each_array_once_and_holds_those_of_one_tensor(config, t
     assert set(reads.values()) == {1} and len(reads) == len(jax.tree.leaves(params))
     assert most == together
     jax.tree.map(np.testing.assert_array_equal, jaxalope.load(tmp_path / "out").params, params)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bf16"])
+def test_weights_are_cast_to_floating_dtypes_alone(dtype, tmp_path, filled):
+    """Others would cut weights off or have no name: said before anything is written."""
+    refused = rf"dtype={dtype!r} is no dtype of weights; use one of float32, bfloat16, float16"
+    model = filled(0.5)
+    for form in ("hf", "orbax"):
+        jaxalope.save(model, tmp_path / form, form)
+        with pytest.raises(InputError, match=f"param_{refused}"):
+            jaxalope.load(tmp_path / form, param_dtype=dtype)
+        with pytest.raises(InputError, match=refused):
+            jaxalope.save(model, tmp_path / "out", form, dtype=dtype)
+    # In a process of its own, as flags are a process's.
+    command = [sys.executable, "-m", "jaxalope.model.convert", f"--from={tmp_path / 'hf'}"]
+    command += [f"--to={tmp_path / 'out'}", f"--dtype={dtype}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"error: --dtype={dtype!r} is no dtype" in done.stderr
+    assert not list(tmp_path.glob("out*"))
