@@ -27,8 +27,16 @@ from .defaults import stop_ids
 from .driver import Run
 from .grammar import Grammar, Vocabulary
 from .loop import RUNNING, STOPPED, DecodeState
-from .next_token import Forward, NextToken, commit, draw_and_commit, forward, last_token
-from .policy import Chain, Policy, one_hot_logits, stages
+from .next_token import (
+    Forward,
+    NextToken,
+    commit,
+    context_of,
+    draw_and_commit,
+    forward,
+    last_token,
+)
+from .policy import Chain, Policy, one_hot_logits, propose, stages
 
 # Forced tokens read in one call; longer chains take several.
 _FORCED = 16
@@ -71,15 +79,16 @@ class Guided(NextToken):
 
     @functools.cached_property
     def force(self):
-        """Jitted ``(params, state, tokens [B, 16], count [B], stop_tokens) -> state``; donates it.
+        """Jitted ``(params, policy, state, tokens [B, 16], count [B], stop_tokens) -> state``.
 
-        Commits ``count`` given tokens a row, which the model reads in one call.
+        Commits ``count`` given tokens a row, which the model reads in one call. Donates the state.
         """
-        return jax.jit(self._force, donate_argnums=1)
+        return jax.jit(self._force, donate_argnums=2)
 
     def _force(
         self,
         params: Params,
+        policy: Policy,
         state: DecodeState,
         tokens: Int[Array, "B G"],
         count: Int[Array, "B"],
@@ -94,9 +103,15 @@ class Guided(NextToken):
         )
         logits = constrain(logits, "batch", None, None)
         state = dataclasses.replace(state, cache=cache)
+        # Those that only cut keep the one token that there is.
+        forbidding = Chain(*(stage for stage in stages(policy) if stage.can_starve))
         for i in range(tokens.shape[1]):
             proposal = one_hot_logits(tokens[:, i], logits.shape[-1])
             recorded = {r.name: r.value(logits[:, i], proposal, tokens[:, i]) for r in self.records}
+            forced = jnp.where(proposal > -jnp.inf, logits[:, i], -jnp.inf)
+            _, starved = propose(forbidding, forced, context_of(state))
+            starved = state.starved | (starved & inside[:, i] & ~state.done)
+            state = dataclasses.replace(state, starved=starved)
             state = commit(state, tokens[:, i], stop_tokens, recorded, active=inside[:, i])
         return state
 
@@ -132,7 +147,7 @@ class GuidedRun(Run):
             state, drawn = self.decoder.draw(policy, state, said, stops, ended, starved)
             if any(forced):
                 tokens, count = _padded(forced)
-                state = self.decoder.force(params, state, tokens, count, stops)
+                state = self.decoder.force(params, self.batch.policy, state, tokens, count, stops)
             drawn, lengths, reasons = jax.device_get((drawn, state.length, state.reason))
             self._accept(drawn, forced, lengths)
             self._live = reasons == RUNNING

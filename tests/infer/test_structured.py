@@ -8,7 +8,7 @@ import pytest
 from toys import hybrid_model
 
 import jaxalope
-from jaxalope import Chain, Greedy, InputError, Model, NoRepeatNgram, Temperature
+from jaxalope import BadWords, Chain, Greedy, InputError, Model, NoRepeatNgram, Temperature, TopK
 from jaxalope.infer.grammar import Json, JsonSchema, Regex, Vocabulary
 from jaxalope.infer.structured import Guided, GuidedRun
 from jaxalope.sharding import MeshConfig, make_mesh
@@ -145,6 +145,26 @@ def test_forbidding_stages_of_a_greedy_row_yield_to_the_grammar(model):
     policy = Chain(NoRepeatNgram(1), Greedy())
     out = jaxalope.generate(model, ["a"], policy, max_new_tokens=8, grammar=Regex("[yz]{3}"))
     assert len(out.text[0]) == 3 and set(out.text[0]) == {"y", "z"} and out.starved[0]
+
+
+def test_a_forbidden_token_that_the_grammar_forces_is_flagged(model):
+    """Drawn under the mask or read in one call with others; a row's flag is its own."""
+    forbids = Chain(BadWords([[ord("o")]]), Temperature(1.0), TopK(3))
+    settings = {"max_new_tokens": 6, "seed": 0}
+    grammars = [Regex(x) for x in ("[xy]o", "[xy]ao", "[xy]a", "[xy]aoaaa|[xy]aob", "[xy]aaaaaao")]
+    alone = [
+        jaxalope.generate(model, ["a"], forbids, grammar=grammar, **settings).starved[0]
+        for grammar in grammars
+    ]
+    # The last one's is past its limit.
+    assert alone == [True, True, False, True, False]
+    together = jaxalope.generate(model, ["a"] * 5, forbids, grammar=grammars, **settings)
+    assert together.starved == alone
+    policies = [forbids, Chain(NoRepeatNgram(1), Temperature(1.0)), Temperature(1.0)]
+    mixed = jaxalope.generate(model, ["z"] * 3, policies, grammar=Regex("[xy]aobcd"), **settings)
+    assert mixed.starved == [True, False, False]
+    again = jaxalope.generate(model, ["z"] * 3, policies, grammar=Regex("[xy]abaca"), **settings)
+    assert again.starved == [False, True, False]
 
 
 def test_the_vocabulary_is_read_once_a_model(model, monkeypatch):
