@@ -240,7 +240,8 @@ class GrammarMask(Policy):
     @classmethod
     def stack(cls, stages: Sequence[Policy]) -> Policy:
         """As :meth:`Policy.stack`, all as wide as the widest; what words lack is forbidden."""
-        stages = [cls(np.asarray(stage.words), stage.enabled) for stage in stages]
+        # Bits, whatever the sign of the integers that hold them.
+        stages = [cls(np.asarray(stage.words).astype(np.int32), stage.enabled) for stage in stages]
         width = _widest([stage.words for stage in stages])
         return super().stack([cls(widened(s.words, width, 0), s.enabled) for s in stages])
 

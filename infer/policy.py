@@ -294,7 +294,11 @@ def _number(value: Any) -> np.ndarray:
     value = np.asarray(value)
     if value.dtype == np.bool_:
         return value
-    return value.astype(np.int32 if np.issubdtype(value.dtype, np.integer) else np.float32)
+    if np.issubdtype(value.dtype, np.integer):
+        # What is too large for a device stays large.
+        bounds = np.iinfo(np.int32)
+        return np.clip(value, bounds.min, bounds.max).astype(np.int32)
+    return value.astype(np.float32)
 
 
 def propose(

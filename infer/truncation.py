@@ -86,7 +86,8 @@ class TopK(_Selection):
         def keep(logits, k):
             size = logits.shape[-1]
             keys = logits.astype(jnp.float32)
-            edge = kth_largest(keys, jnp.clip(k, 1, size), self.implementation, self.bound)
+            k = jnp.clip(k, 0, size).astype(jnp.int32)
+            edge = kth_largest(keys, jnp.maximum(k, 1), self.implementation, self.bound)
             edge = jnp.where((k <= 0) | (k >= size), -jnp.inf, edge)
             return jnp.where(keys >= edge[:, None], logits, -jnp.inf)
 

@@ -43,6 +43,8 @@ def test_mask_of_any_vocabulary(vocab_size):
     policy = stack_rows([GrammarMask(words_of(row)) for row in allowed])
     assert policy.words.shape == (7, -(-vocab_size // 32))
     np.testing.assert_array_equal(policy(logits), np.where(allowed, logits, -np.inf))
+    unsigned = stack_rows([GrammarMask(words_of(row).view(np.uint32)) for row in allowed])
+    np.testing.assert_array_equal(unsigned.words, policy.words)
     # Minus one is a word of 32 tokens; what no word speaks of is forbidden.
     first = np.arange(vocab_size) < 32
     np.testing.assert_array_equal(

@@ -145,6 +145,19 @@ class TestSelection:
         expected = np.concatenate([policy(logits[i : i + 1]) for i, policy in enumerate(policies)])
         np.testing.assert_array_equal(stacked(logits), expected)
 
+    @pytest.mark.parametrize("implementation", ["sort", "bisect", None])
+    def test_a_whole_k_of_any_type_and_size(self, implementation):
+        """A float counts as the integer that it is; more than an int32 holds is all there is."""
+        logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 300)), jnp.float32)
+        ks = [5.0, 2**32 + 1, 3, np.int64(2**31)]
+        stacked = stack_rows([TopK(k, implementation) for k in ks])
+        mask = kept(stacked, logits)
+        np.testing.assert_array_equal(mask.sum(axis=1), [5, 300, 3, 300])
+        np.testing.assert_array_equal(mask[0], kept(TopK(5), logits)[0])
+        np.testing.assert_array_equal(kept(TopK(5.0, implementation), logits).sum(axis=1), 5)
+        alone = stack_rows([TopK(2**32 + 1, implementation)])
+        assert kept(alone, logits[:1]).all()
+
 
 @jax.jit
 def distances(logits):
