@@ -196,7 +196,11 @@ class Temperature(Policy):
 def cool(logits: Float[Array, "B V"], temperature: Any) -> Float[Array, "B V"]:
     """Logits over a temperature (a number, or ``[B]``), greedy where it is at most 1e-5."""
     temperature = column(temperature).astype(logits.dtype)
-    cooled = logits / jnp.maximum(temperature, COLDEST)
+    # By a temperature so high that its reciprocal is flushed to 0, -inf would be divided to NaN;
+    # with a number in its place gradients of the temperature stay finite, too.
+    forbidden = logits == -jnp.inf
+    cooled = jnp.where(forbidden, 0, logits) / jnp.maximum(temperature, COLDEST)
+    cooled = jnp.where(forbidden, -jnp.inf, cooled)
     return jnp.where(temperature > COLDEST, cooled, best_of(logits))
 
 

@@ -19,6 +19,7 @@ from jaxalope import (
     MinNewTokens,
     MinP,
     NoRepeatNgram,
+    Predicted,
     RepetitionPenalty,
     Temperature,
     TopK,
@@ -184,6 +185,28 @@ def test_truncation_alone_never_starves(batch):
     policy = Chain(TopK(1), TopP(1e-7), MinP(1.0), Typical(1e-7), RepetitionPenalty(2.0))
     assert not policy.can_starve
     assert (np.asarray(policy(logits, context)) > -np.inf).any(axis=1).all()
+
+
+@pytest.mark.parametrize("value", [1e-38, 1.0, 8e37, 9e37, 3e38])
+def test_no_temperature_brings_a_forbidden_token_back(value, batch):
+    _, context, logits = batch
+    given = jnp.full((8,), value, jnp.float32), jnp.ones(8)
+    context = dataclasses.replace(context, predicted=given)
+    for policy in (stack_rows([Temperature(value)] * 8), Predicted(soft=True)):
+        found = np.asarray(proposal_of(policy, logits, context))
+        assert not np.isnan(found).any() and not (found[logits == -np.inf] > -np.inf).any()
+        if value > 1e-5:
+            np.testing.assert_array_equal(found > -np.inf, logits > -np.inf)
+
+
+def test_a_forbidden_token_has_no_part_in_the_gradient_of_a_temperature():
+    logits = jnp.array([[1.0, -jnp.inf, 3.0, 0.5]])
+
+    def surprise(temperature, logits):
+        return -jax.nn.log_softmax(Temperature(temperature)(logits))[0, 0]
+
+    found = jax.grad(surprise)(0.7, logits)
+    np.testing.assert_allclose(found, jax.grad(surprise)(0.7, logits[:, jnp.array([0, 2, 3])]))
 
 
 def test_stages_say_what_they_miss():
