@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..model.handle import Model
 from .constraints import BadWords, LogitBias, MinNewTokens
 from .penalties import NoRepeatNgram, RepetitionPenalty
 from .policy import Chain, Greedy, Policy, Temperature
+from .rows import is_single, token_ids
 from .truncation import MinP, TopK, TopP, Typical
 
 # Tokens that a row gets where neither the caller nor the model says how many.
@@ -44,11 +45,12 @@ def settle(
     """Fill up what a caller left open, None each.
 
     Raises:
-        InputError: one of the model's own settings is out of range; names it.
+        InputError: one of the model's own settings is out of range, or what stops a row is no ids
+            or no text; names it.
     """
     defaults = model.defaults
     if policy is None:
-        stops = stop_ids(model) if stop_tokens is None else list(stop_tokens)
+        stops = stop_ids(model) if stop_tokens is None else listed(stop_tokens)
         if stops and not np.isscalar(stops[0]):  # Ids for each prompt: each holds its own back.
             policy = [default_policy(defaults, [int(i) for i in row]) for row in stops]
         else:
@@ -61,9 +63,28 @@ def settle(
             max_length = defaults.max_length if max_length is None else max_length
     if stop is None:
         stop = defaults.stops
-    return Settings(
-        policy, max_new_tokens, max_length, (stop,) if isinstance(stop, str) else tuple(stop)
-    )
+    stop = (stop,) if isinstance(stop, str) else stop
+    stop = tuple(stop) if isinstance(stop, Iterable) else stop
+    if not (isinstance(stop, tuple) and all(isinstance(one, str) for one in stop)):
+        raise InputError(f"stop={stop!r} must be a string, or a sequence of strings")
+    return Settings(policy, max_new_tokens, max_length, stop)
+
+
+def listed(stop_tokens: Any) -> list:
+    """What stops rows as a list: of ids, or of lists of them, one for each prompt.
+
+    Raises:
+        InputError: they are no ids.
+    """
+    rows = [stop_tokens] if is_single(stop_tokens) else list(stop_tokens)
+    rows = [row if is_single(row) else list(row) for row in rows]
+    for row in rows:
+        token_ids("stop_tokens", row)
+    if len({is_single(row) for row in rows}) > 1:
+        raise InputError(
+            f"stop_tokens={stop_tokens!r} mixes ids and lists; give ids for all, or a list for each"
+        )
+    return [int(row) if is_single(row) else row for row in rows]
 
 
 def stop_ids(model: Model) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from .cache import CacheLayout
 from .loop import DecodeState
 from .next_token import commit, context_of, draw, forward
 from .policy import Policy, stack_rows
-from .request import check_policy
+from .request import check_policy, whole
 
 # What a row's key is folded with beside positions, which count up from 0.
 DRAFT, ACCEPT = 2**32 - 1, 2**32 - 2
@@ -268,5 +268,4 @@ class PromptLookup:
 
 
 def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"draft: {name}={value} must be at least 1")
+    whole(f"draft: {name}", value, 1)

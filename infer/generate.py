@@ -13,7 +13,7 @@ from .drafts import Draft
 from .driver import Generation, Run, decoder_of, records_for
 from .policy import Policy
 from .programs import program_of
-from .request import Prompts, make_batch
+from .request import Prompts, make_batch, whole
 from .speculative import Accepted, Drafted, Speculative
 from .structured import Grammars, Guided, GuidedRun, compiled_grammars
 from .vectors.api import start as start_vectors
@@ -46,7 +46,7 @@ def generate(
     *,
     n: int = 1,
     max_length: int | None = None,
-    stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    stop_tokens: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
     stop: str | Sequence[str] | None = None,
     top_logprobs: int = 0,
     logprobs: str = "raw",
@@ -72,7 +72,7 @@ def generate(
             depend on its own seed and sample number only, not on its neighbours.
         n: samples a prompt; it is read once and its cache forked.
         max_length: of prompt and response together, which bounds the cache.
-        stop_tokens: ids that end a row, for all prompts or one sequence each.
+        stop_tokens: an id or ids that end a row, for all prompts, or a sequence of them each.
         stop: strings that end a row.
         top_logprobs: likeliest tokens to report of each position, at most 20.
         logprobs: ``"raw"`` under the model itself, ``"processed"`` under the policy's proposal.
@@ -122,7 +122,7 @@ def stream(
     *,
     n: int = 1,
     max_length: int | None = None,
-    stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    stop_tokens: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
     stop: str | Sequence[str] | None = None,
     grammar: Grammars | None = None,
     draft: Draft | None = None,
@@ -134,8 +134,7 @@ def stream(
     Closing the iterator cancels what is left. ``stride`` is the number of steps between two looks
     at the device. Joined, a row's pieces are the text that ``generate`` returns.
     """
-    if stride < 1:
-        raise InputError(f"stride={stride} must be at least 1")
+    whole("stride", stride, 1)
     run = _start(
         model,
         prompts,
@@ -184,8 +183,7 @@ def _start(
     draft=None,
     remainder=None,
 ) -> Run:
-    if n < 1:
-        raise InputError(f"n={n} must be at least 1")
+    whole("n", n, 1)
     own = settle(model, policy, max_new_tokens, max_length, stop_tokens, stop)
     if decoding_of(model.config) == "next_vector":
         return start_vectors(

@@ -8,7 +8,6 @@ methods share one door: Metropolis-Hastings chains, sequential Monte Carlo, and 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -22,7 +21,7 @@ from .lookahead import sample_lookahead
 from .metropolis import CUTS, REUSE, Metropolis
 from .policy import COLDEST
 from .programs import program_of
-from .request import Batch, Prompts, make_batch
+from .request import Batch, Prompts, is_finite, make_batch, whole
 from .samples import PowerSamples, collect
 from .smc import sample_smc
 
@@ -54,7 +53,7 @@ def power_sample(
     method: str = "mh",
     n: int = 1,
     seed: int | Sequence[int] = 0,
-    stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    stop_tokens: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
     share_cut: bool = True,
     cut_seed: int = 0,
     reuse: str = "shadow",
@@ -201,11 +200,11 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def _check(*, alpha, block, n_mcmc, t_max, tau, n, stride) -> None:
-    if not (math.isfinite(alpha) and alpha >= 1):
+    if not (is_finite(alpha) and alpha >= 1):
         raise InputError(
             f"alpha={alpha} must be a number of at least 1; to flatten a model use a temperature"
         )
-    if tau is not None and not (math.isfinite(tau) and tau > 0):
+    if tau is not None and not (is_finite(tau) and tau > 0):
         raise InputError(
             f"tau={tau} must be positive: the proposal must reach everything that p does"
         )
@@ -216,5 +215,4 @@ def _check(*, alpha, block, n_mcmc, t_max, tau, n, stride) -> None:
         ("n", n, 1),
         ("stride", 1 if stride is None else stride, 1),
     ):
-        if value < least:
-            raise InputError(f"{name}={value} must be at least {least}")
+        whole(name, value, least)

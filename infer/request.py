@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,8 +14,9 @@ import numpy as np
 from ..errors import InputError
 from ..model.handle import Model
 from ..model.registry import decoding_of
-from .defaults import stop_ids
+from .defaults import listed, stop_ids
 from .policy import Policy, Temperature, stack_rows, stages
+from .rows import is_single
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 
@@ -86,7 +90,7 @@ def make_batch(
     policy: Policy | Sequence[Policy] | None,
     max_new_tokens: int | Sequence[int],
     seed: int | Sequence[int],
-    stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None,
+    stop_tokens: int | Sequence[int] | Sequence[Sequence[int]] | None,
     *,
     max_length: int | None = None,
     headroom: int = 0,
@@ -100,8 +104,8 @@ def make_batch(
         policy: one for all prompts, or one each; ``Temperature(1.0)`` if None.
         max_new_tokens: one for all, or one each.
         seed: one each, or an int: prompt ``i`` then has seed ``seed + i``; modulo 2**32.
-        stop_tokens: ids for all prompts, or a sequence of ids each; if None the model's own, or
-            the tokenizer's end-of-sequence.
+        stop_tokens: an id or ids for all prompts, or a sequence of ids each; if None the model's
+            own, or the tokenizer's end-of-sequence.
         max_length: of prompt and response together; None is no bound.
         headroom: positions of the canvas beyond the longest limit.
         decoding: how the caller decodes; see :func:`~..model.registry.decoding_of`.
@@ -119,6 +123,7 @@ def make_batch(
         if value < 1:
             raise InputError(f"max_new_tokens={value} must be at least 1")
     if max_length is not None:
+        max_length = whole("max_length", max_length)
         for i, row in enumerate(rows):
             if len(row) >= max_length:
                 raise InputError(
@@ -126,10 +131,9 @@ def make_batch(
                     "to generate; shorten it or raise max_length"
                 )
         new = [min(value, max_length - len(row)) for value, row in zip(new, rows, strict=True)]
-    if isinstance(seed, int | np.integer):
-        seeds = [int(seed) + i for i in range(count)]
-    else:
-        seeds = _each("seed", seed, count)
+    seeds = _each("seed", seed, count)
+    if is_single(seed):
+        seeds = [own + i for i, own in enumerate(seeds)]
     # Before the policies, which may have been made one for each row of these.
     stops = _stops(model, stop_tokens, count)
     policies = [policy or Temperature(1.0)] * count
@@ -177,18 +181,63 @@ def take_rows_of(policy: Policy, rows: np.ndarray) -> Policy:
     return jax.tree.map(lambda x: x[rows], policy)
 
 
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """``value`` as an int.
+
+    Raises:
+        InputError: it is no integer of Python or NumPy, or below ``least``; ``name`` is named.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name}={value!r} must be a whole number, an int") from None
+    if least is not None and number < least:
+        raise InputError(f"{name}={value} must be at least {least}")
+    return number
+
+
+def is_finite(value: Any) -> bool:
+    """Whether this is a number, and neither infinite nor NaN."""
+    return isinstance(value, int | float | np.number) and math.isfinite(value)
+
+
+def several(prompts: Prompts) -> Prompts:
+    """Prompts, of which a text may be the only one.
+
+    Raises:
+        InputError: it is no sequence.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if is_single(prompts):
+        raise InputError(f"prompts={prompts!r} must be a text, or a sequence of texts or token ids")
+    return prompts
+
+
+def check_prompt(i: int, prompt: Any) -> None:
+    """Raise InputError where prompt ``i`` is neither a text nor token ids."""
+    if isinstance(prompt, str) or not is_single(prompt):
+        return
+    if isinstance(prompt, int | np.integer):
+        raise InputError(
+            f"prompts[{i}]={int(prompt)} is a token id and no prompt; a prompt is a list of them, "
+            "so give [[...]] for one"
+        )
+    raise InputError(f"prompts[{i}]={prompt!r} must be a text, or a list of token ids")
+
+
 def token_rows(model: Model, prompts: Prompts) -> list[Sequence[int]]:
     """Every prompt as token ids, with the begin token that the model was trained with.
 
     Raises:
         InputError: there is none, or an empty one has nothing to begin with.
     """
-    if isinstance(prompts, str):
-        prompts = [prompts]
+    prompts = several(prompts)
     if not len(prompts):
         raise InputError("prompts is empty; give at least one")
     tokenizer, rows = model.tokenizer, []
     for i, prompt in enumerate(prompts):
+        check_prompt(i, prompt)
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise InputError("this model has no tokenizer; give prompts as token ids")
@@ -222,18 +271,18 @@ def check_policy(model: Model, policy: Policy) -> None:
 
 
 def _each(name: str, value: int | Sequence[int], count: int) -> list[int]:
-    if isinstance(value, int | np.integer):
-        return [int(value)] * count
+    if is_single(value):
+        return [whole(name, value)] * count
     if len(value) != count:
         raise InputError(f"{name} has {len(value)} entries for {count} prompts; give one each")
-    return [int(v) for v in value]
+    return [whole(f"{name}[{i}]", v) for i, v in enumerate(value)]
 
 
 def _stops(model: Model, stop_tokens, count: int) -> np.ndarray:
     """``[count, S]``; -1 is no token, so that no row is ever empty."""
     if stop_tokens is None:
         stop_tokens = stop_ids(model)
-    rows = list(stop_tokens)
+    rows = listed(stop_tokens)
     if not rows or np.isscalar(rows[0]):
         rows = [rows] * count
     if len(rows) != count:

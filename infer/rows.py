@@ -43,6 +43,11 @@ def widened(array: np.ndarray, shape: Sequence[int], fill: Any) -> np.ndarray:
     return np.pad(array, pads, constant_values=fill)
 
 
+def is_single(value: Any) -> bool:
+    """Whether this is one thing, and no sequence of several."""
+    return isinstance(value, str | bytes) or not getattr(value, "shape", hasattr(value, "__len__"))
+
+
 def token_ids(name: str, ids: Any) -> np.ndarray:
     """``[S]`` int32 of an id or a sequence of them.
 

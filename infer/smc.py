@@ -34,7 +34,8 @@ from .next_token import commit, context_of, draw, forward, row_keys
 from .policy import COLDEST, Temperature
 from .programs import program_of, read_prompts
 from .records import log_prob_of
-from .request import Batch
+from .request import Batch, is_finite, whole
+from .rows import is_single
 from .samples import PowerSamples, collect
 
 
@@ -271,8 +272,8 @@ def exponents_of(alpha: float, ladder: int | Sequence[float] | None) -> np.ndarr
     steps = ladder
     if ladder is None:
         steps = ()
-    elif isinstance(ladder, int):
-        if ladder < 1:
+    elif is_single(ladder):
+        if whole("ladder", ladder) < 1:
             raise InputError(f"ladder={ladder} must be at least 1 token, or a list of exponents")
         steps = 1 + (alpha - 1) * np.arange(ladder) / ladder
     exponents = np.array([*steps, alpha], np.float32)
@@ -318,7 +319,7 @@ def sample_smc(
     Raises:
         InputError: a setting is out of range; names it.
     """
-    if not (math.isfinite(alpha) and alpha > 0):
+    if not (is_finite(alpha) and alpha > 0):
         raise InputError(f"alpha={alpha} must be a positive number")
     for name, value in (
         ("num_particles", num_particles),
@@ -326,8 +327,7 @@ def sample_smc(
         ("t_max", t_max),
         ("n", n),
     ):
-        if value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
+        whole(name, value, 1)
     if not resample_threshold >= 0:
         raise InputError(f"resample_threshold={resample_threshold} must be 0 (never) or a share")
     exponents = exponents_of(alpha, ladder)

@@ -219,6 +219,10 @@ def compiled_grammars(model: Model, grammar: Grammars, count: int) -> list[Gramm
     for one in grammars:
         if one is None or id(one) in compiled:
             continue
+        if not (hasattr(one, "compile") or hasattr(one, "matcher")):
+            likely = {str: "Regex", dict: "JsonSchema"}.get(type(one))
+            remedy = f"grammar.{likely}(...)" if likely else "grammar.Json(), grammar.Regex(...)"
+            raise InputError(f"grammar={one!r} is no grammar; give {remedy}")
         if not hasattr(one, "compile"):
             compiled[id(one)] = one
             continue

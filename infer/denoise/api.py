@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...errors import InputError
 from ...model.handle import Model
 from ..loop import FINISH_REASONS
 from ..policy import Greedy, Policy
 from ..programs import program_of
-from ..request import Batch, Prompts, bucket, make_batch
+from ..request import Batch, Prompts, bucket, make_batch, whole
 from ..rows import power_of_two
 from .caches import NoCache
 from .canvas import Canvas
@@ -132,8 +131,7 @@ def denoise(
             that has no meaning here, guidance without a prompt; names the field.
     """
     mask = mask_of(model)
-    if n < 1:
-        raise InputError(f"n={n} must be at least 1")
+    whole("n", n, 1)
     config = model.config
     block_size = getattr(config, "block_size", None)
     shift = getattr(config, "logit_shift", False)

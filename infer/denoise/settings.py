@@ -11,7 +11,7 @@ from ...errors import InputError
 from ...model.handle import Model
 from ...model.registry import decoding_of
 from ..defaults import stop_ids
-from ..request import Prompts, token_rows
+from ..request import Prompts, check_prompt, several, token_rows
 from ..rows import NO_TOKEN
 from .caches import BlockCache, DualCache, NoCache, PrefixCache
 from .elastic import ElasticCache
@@ -44,15 +44,15 @@ def mask_of(model: Model) -> int:
 
 def prompt_rows(model: Model, prompts: Prompts) -> list[np.ndarray]:
     """Every prompt as token ids; unlike for next-token decoding, a prompt may be empty."""
-    if isinstance(prompts, str):
-        prompts = [prompts]
+    prompts = several(prompts)
     if not len(prompts):
         raise InputError("prompts is empty; give at least one (it may be an empty text)")
     rows = []
-    for prompt in prompts:
+    for i, prompt in enumerate(prompts):
+        check_prompt(i, prompt)
         begins = model.add_bos and isinstance(prompt, str)
         row = token_rows(model, [prompt])[0] if len(prompt) or begins else []
-        rows.append(model.check_tokens(np.asarray(row, np.int32)) if len(row) else np.zeros(0, int))
+        rows.append(model.check_tokens(row) if len(row) else np.zeros(0, int))
     return rows
 
 

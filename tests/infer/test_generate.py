@@ -184,6 +184,14 @@ def test_chain_applies_in_order():
     [
         ({"prompts": []}, "prompts is empty"),
         ({"prompts": [[]]}, r"prompts\[0\] is empty"),
+        ({"prompts": [97, 98]}, r"prompts\[0\]=97 is a token id and no prompt; .* \[\[...\]\]"),
+        ({"prompts": np.array([97, 98])}, r"prompts\[0\]=97 is a token id"),
+        ({"prompts": ["a", None]}, r"prompts\[1\]=None must be a text, or a list"),
+        ({"prompts": None}, "prompts=None must be a text, or a sequence"),
+        ({"prompts": "a", "max_new_tokens": 3.0}, "max_new_tokens=3.0 must be a whole number"),
+        ({"prompts": "a", "max_new_tokens": [2.5]}, r"max_new_tokens\[0\]=2.5 must be a whole"),
+        ({"prompts": "a", "seed": None}, "seed=None must be a whole number"),
+        ({"prompts": "a", "max_length": 9.5}, "max_length=9.5 must be a whole number"),
         ({"prompts": [[1, 999]]}, "token id 999"),
         ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens=0"),
         ({"prompts": ["a", "b"], "seed": [1]}, "seed has 1 entries for 2 prompts"),
@@ -198,6 +206,19 @@ def test_chain_applies_in_order():
 def test_bad_input_is_named(model, arguments, words):
     with pytest.raises(InputError, match=words):
         jaxalope.generate(model, **arguments)
+
+
+def test_whole_numbers_of_numpy_are_numbers(model):
+    prompts = ["a", "bc"]
+    plain = jaxalope.generate(model, prompts, None, 3, 7, stop_tokens=[258])
+    for kind in (np.int64, np.array):
+        settings = {"stop_tokens": kind(258), "max_length": kind(40), "n": kind(1)}
+        out = jaxalope.generate(model, prompts, None, kind(3), kind(7), **settings)
+        for a, b in zip(out.tokens, plain.tokens, strict=True):
+            np.testing.assert_array_equal(a, b)
+    token = int(plain.tokens[0][0])
+    stopped = jaxalope.generate(model, prompts, None, 3, 7, stop_tokens=token)
+    assert stopped.finish_reasons[0] == "stop" and len(stopped.tokens[0]) == 1
 
 
 def test_temperature_must_be_positive():

@@ -218,6 +218,10 @@ def test_alpha_raises_the_likelihood(hybrid, shadowed):
     ("settings", "words"),
     [
         ({"alpha": 0.5}, "alpha=0.5"),
+        ({"alpha": None}, "alpha=None must be a number"),
+        ({"tau": "1"}, "tau=1 must be positive"),
+        ({"block": 2.0}, "block=2.0 must be a whole number"),
+        ({"method": "smc", "ladder": 2.0}, "ladder=2.0 must be a whole number"),
         ({"alpha": float("nan")}, "alpha=nan"),
         ({"tau": 0.0}, "tau=0.0"),
         ({"cut": "middle"}, "cut='middle'"),

@@ -234,7 +234,8 @@ def test_effective_sample_size():
 
 def test_ladders():
     np.testing.assert_allclose(exponents_of(4, None), [4])
-    np.testing.assert_allclose(exponents_of(4, 3), [1, 2, 3, 4])
+    for ladder in (3, np.int64(3)):
+        np.testing.assert_allclose(exponents_of(4, ladder), [1, 2, 3, 4])
     np.testing.assert_allclose(exponents_of(2, [0.5, 1]), [0.5, 1, 2])
 
 

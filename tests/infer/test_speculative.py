@@ -375,13 +375,14 @@ def test_prompt_lookup():
         (lambda: DraftModel(toy(1, size=5)), "vocabulary of 5 and the target one of 4"),
         (lambda: DraftModel(toy(1), num_tokens=0), "num_tokens=0 must be at least 1"),
         (lambda: PromptLookup(ngram=0), "ngram=0 must be at least 1"),
+        (lambda: PromptLookup(2.0), "draft: num_tokens=2.0 must be a whole number"),
         (lambda: toy(1), "is no draft; give DraftModel"),
         (
             lambda: DraftModel(dataclasses.replace(toy(1), mesh=make_mesh(MeshConfig(data=8)))),
             "load both on one",
         ),
     ],
-    ids=["vocabulary", "num_tokens", "ngram", "no draft", "mesh"],
+    ids=["vocabulary", "num_tokens", "ngram", "float", "no draft", "mesh"],
 )
 def test_bad_input_is_named(draft, words):
     with pytest.raises(InputError, match=words):

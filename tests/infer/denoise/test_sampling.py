@@ -209,6 +209,20 @@ def test_what_cannot_be_done_is_named(model, settings, message):
         denoise(model, [PROMPT], **settings)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (PROMPT, rf"prompts\[0\]={PROMPT[0]} is a token id and no prompt"),
+        ([PROMPT, None], r"prompts\[1\]=None must be a text"),
+        ([[1.5]], "token ids are integers"),
+        (3, "prompts=3 must be a text, or a sequence"),
+    ],
+)
+def test_what_is_no_prompt_is_named(model, prompts, message):
+    with pytest.raises(InputError, match=message):
+        denoise(model, prompts, gen_length=2)
+
+
 def test_guidance_needs_a_prompt(model):
     for prompt in ([], [MASK, MASK]):
         with pytest.raises(InputError, match=r"prompts\[1\] has none"):
