@@ -24,6 +24,7 @@ from ...errors import InputError
 from ...sharding import constrain
 from ..loop import LENGTH, RUNNING, STOPPED
 from ..policy import check
+from ..request import whole
 from .caches import NoCache
 from .canvas import Canvas, asked_before, places_of, put
 from .draw import Numbers, decide
@@ -43,7 +44,7 @@ class ElasticCache(NoCache):
     Attributes:
         gamma: similarity of attention below which the layers above are refreshed.
         window: masked positions that are asked for, from the left; there are no blocks.
-        track_num: tokens whose attention each layer watches.
+        track_num: tokens whose attention each layer watches; all, where a canvas has no more.
         block_caching: masked positions beyond the window are not computed in every step. Without
             it all are, and the window says which may be committed.
         drift: how attention before and now is compared, ``"heads"`` (the released code) or
@@ -65,9 +66,7 @@ class ElasticCache(NoCache):
         remedy = "must be a similarity: 0 never refreshes, above 1 always does"
         check(lambda x: np.isfinite(x) & (np.asarray(x) >= 0), "gamma", self.gamma, remedy)
         for name in ("window", "track_num"):
-            value = getattr(self, name)
-            if value != int(value) or value < 1:
-                raise InputError(f"{name}={value} must be a whole number, at least 1")
+            whole(name, getattr(self, name), 1)
         if self.drift not in DRIFTS:
             raise InputError(f"drift={self.drift!r} is not one of {', '.join(DRIFTS)}")
 

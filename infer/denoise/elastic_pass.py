@@ -236,8 +236,10 @@ def _similarity(old, new, tracked, exists, drift) -> Float[Array, "B"]:
 
 def _most_watched(score, hidden, track_num) -> Int[Array, "B track_num"]:
     """The places of the largest scores among those that are not ``hidden``; the width is none."""
-    score, best = jax.lax.top_k(jnp.where(hidden, -1.0, score), track_num)
-    return jnp.where(score >= 0, best, hidden.shape[1]).astype(jnp.int32)
+    width = hidden.shape[1]
+    score, best = jax.lax.top_k(jnp.where(hidden, -1.0, score), min(track_num, width))
+    found = jnp.where(score >= 0, best, width).astype(jnp.int32)
+    return jnp.pad(found, ((0, 0), (0, track_num - found.shape[1])), constant_values=width)
 
 
 def _gather(x, places, axes):

@@ -347,6 +347,17 @@ def test_shared_keys_and_samples():
     assert 0.2 < found.update_frequency[1] < 1.2  # some layers, not all
 
 
+@pytest.mark.parametrize("explicit", [True, False])
+def test_more_tokens_to_watch_than_there_are(explicit):
+    """All of them are watched, as with as many as the canvas has places."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, explicit=explicit))
+    model, settings = tiny().on(mesh), {"gamma": 0.6, "window": 5}
+    few, there = public(model, ElasticCache(track_num=64, **settings))
+    many, here = public(model, ElasticCache(track_num=100, **settings))
+    assert many == few
+    assert here.update_frequency == there.update_frequency
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -354,6 +365,8 @@ def test_shared_keys_and_samples():
         ({"gamma": float("nan")}, "gamma=nan"),
         ({"window": 0}, "window=0"),
         ({"track_num": 0}, "track_num=0"),
+        ({"track_num": 2.5}, "track_num=2.5 must be a whole number"),
+        ({"window": None}, "window=None must be a whole number"),
         ({"drift": "rows"}, "drift='rows'"),
     ],
 )
