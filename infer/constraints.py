@@ -45,7 +45,10 @@ class LogitBias(Policy):
     def __post_init__(self):
         if isinstance(self.ids, Mapping):
             ids = token_ids("logit_bias", list(self.ids))
-            values = np.asarray(list(self.ids.values()), np.float32)
+            try:
+                values = np.asarray(list(self.ids.values()), np.float32)
+            except (TypeError, ValueError):
+                raise InputError(f"logit_bias={self.ids} must map ids to numbers") from None
             width = power_of_two(len(ids))
             object.__setattr__(self, "ids", widened(ids, [width], NO_TOKEN))
             object.__setattr__(self, "values", widened(values, [width], 0.0))
@@ -172,7 +175,7 @@ class MinNewTokens(Policy):
             self.count,
             "must be a whole number of tokens, not negative",
         )
-        if isinstance(self.stop_tokens, int | list | tuple):
+        if isinstance(self.stop_tokens, int | list | tuple | np.generic | str | None):
             ids = token_ids("stop_tokens", self.stop_tokens)
             width = power_of_two(len(ids))
             object.__setattr__(self, "stop_tokens", widened(ids, [width], NO_TOKEN))

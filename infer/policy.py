@@ -119,12 +119,19 @@ def policy(*, static: Sequence[str] = ()):
 
 
 def check(ok, name: str, value: Any, remedy: str) -> None:
-    """Raise InputError unless ``ok(value)`` for every number of ``value``.
+    """Raise InputError unless ``value`` is a number, or an array of them, and each is ``ok``.
 
     Tracers and placeholders, which stand for numbers checked before, pass.
     """
-    if isinstance(value, bool | int | float | np.ndarray | np.generic) and not np.all(ok(value)):
-        raise InputError(f"{name}={value} {remedy}")
+    if not isinstance(value, str | bytes | complex | int | float | np.ndarray | np.generic | None):
+        return
+    try:
+        fits = np.isrealobj(value) and np.all(ok(value))
+    except TypeError:  # NumPy's, of what is no number.
+        fits = False
+    if not fits:
+        shown = repr(value) if isinstance(value, str | bytes) else value
+        raise InputError(f"{name}={shown} {remedy}")
 
 
 def column(value: Any) -> Array:

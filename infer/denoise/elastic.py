@@ -64,7 +64,8 @@ class ElasticCache(NoCache):
 
     def __post_init__(self):
         remedy = "must be a similarity: 0 never refreshes, above 1 always does"
-        check(lambda x: np.isfinite(x) & (np.asarray(x) >= 0), "gamma", self.gamma, remedy)
+        if self.gamma is not None:  # As where it is traced.
+            check(lambda x: np.isfinite(x) & (np.asarray(x) >= 0), "gamma", self.gamma, remedy)
         for name in ("window", "track_num"):
             whole(name, getattr(self, name), 1)
         if self.drift not in DRIFTS:

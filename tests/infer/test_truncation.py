@@ -244,6 +244,15 @@ class TestPredicted:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (lambda: Temperature(None), "temperature=None must be 0"),
+        (lambda: Temperature("0.7"), "temperature='0.7' must be 0"),
+        (lambda: Temperature(1j), "temperature=1j must be 0"),
+        (lambda: Temperature(np.array(["a"])), r"temperature=\['a'\] must be 0"),
+        (lambda: TopK(None), "top_k=None must be a whole number"),
+        (lambda: TopP("x"), "top_p='x' must be above 0"),
+        (lambda: SoftTopP(0.5, None), "sharpness=None must be a positive number"),
+        (lambda: MinP(None), "min_p=None must be between 0"),
+        (lambda: Typical("x"), "typical='x' must be above 0"),
         (lambda: TopK(-2), "top_k=-2 must be a whole number"),
         (lambda: TopK(2.5), "top_k=2.5"),
         (lambda: TopK(9, "sort", bound=8), "top_k=9 exceeds bound=8"),

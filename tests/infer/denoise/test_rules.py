@@ -233,6 +233,8 @@ def test_numbers_may_differ_by_row():
         (lambda: TopQuota(schedule="log"), "log"),
         (lambda: TopQuota(temperature=-1.0), "alg_temp=-1.0"),
         (lambda: TopCount(0), "count=0"),
+        (lambda: TopCount(None), "count=None must be a whole number"),
+        (lambda: Threshold("x"), "threshold='x' must be a probability"),
         (lambda: EntropyBounded(-1.0), "budget=-1.0"),
         (lambda: Independent("even"), "even"),
         (lambda: dream("greedy"), "greedy"),

@@ -205,6 +205,8 @@ def test_a_fraction_is_one():
         (lambda: BatchTemperature(0.7), ["temperature=0.7", "1.42857", "ExactTemperature(0.7)"]),
         (lambda: BatchTemperature(0.333), ["temperature=0.333", "1/3 or 1/4"]),
         (lambda: BatchTemperature(0.5, num_draws=0), ["num_draws=0"]),
+        (lambda: BatchTemperature(0.5, num_draws=2.5), ["num_draws=2.5", "whole number"]),
+        (lambda: ExactTemperature(0.5, max_draws=None), ["max_draws=None", "whole number"]),
         (lambda: BatchTemperature(0.5, 300, max_draws=200), ["max_draws=200", "300"]),
         (lambda: chunk_policies(TopP(0.9), 1), ["TopP", "ExactTemperature(T)"]),
         (lambda: chunk_policies([Temperature(0.5)] * 2, 3), ["2 entries for 3 prompts"]),
