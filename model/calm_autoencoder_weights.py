@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .calm_autoencoder import CALMAutoencoderConfig
-from .exchange import Published, Rule, check_fields, compute_dtype
+from .exchange import Published, Rule, check_fields, compute_dtype, types_of
 
 # name inside a layer -> (path inside ours, layout)
 _LAYER = {
@@ -80,6 +80,7 @@ def config_from_published(published: Mapping[str, Any]) -> CALMAutoencoderConfig
     """
     check_fields(
         published,
+        types=types_of(CALMAutoencoderConfig, _RENAMED | _OPTIONAL),
         required=tuple(_RENAMED),
         known=(*_OPTIONAL, *_UNUSED),
         fixed={name: (value,) for name, value in _FIXED.items()},

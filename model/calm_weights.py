@@ -9,7 +9,15 @@ from ..errors import InputError
 from . import calm_autoencoder_weights
 from .calm import CALMConfig
 from .calm_autoencoder import CALMAutoencoderConfig
-from .exchange import Published, Rule, check_fields, compute_dtype, rope_theta
+from .exchange import (
+    Published,
+    Rule,
+    check_fields,
+    compute_dtype,
+    object_of,
+    rope_theta,
+    types_of,
+)
 
 
 def _linear(theirs: str, ours: str, matrix: str = "e d -> d e", vector: str = "e -> e") -> dict:
@@ -165,12 +173,13 @@ def config_from_published(published: Mapping[str, Any]) -> CALMConfig:
     """
     check_fields(
         published,
+        types=types_of(CALMConfig, _RENAMED | _OPTIONAL),
         required=(*_RENAMED, *_SHARED, _AUTOENCODER),
         known=(*_OPTIONAL, *_IDS, *_UNUSED, "rope_parameters", "rope_scaling", "rope_theta"),
         fixed={name: (value,) for name, value in _FIXED.items()},
     )
     dtype = {"torch_dtype": compute_dtype(published)}
-    theirs = dict(published[_AUTOENCODER])
+    theirs = dict(object_of(published, _AUTOENCODER))
     for name in _SHARED:
         if theirs.get(name) != published[name]:
             raise InputError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
-from .exchange import Published, Rule, check_fields, compute_dtype, rope_theta
+from .exchange import Published, Rule, check_fields, compute_dtype, rope_theta, types_of
 from .gemma2 import Gemma2Config
 
 # name inside a block -> (path inside ours, layout)
@@ -82,6 +82,7 @@ def config_from_published(published: Mapping[str, Any]) -> Gemma2Config:
     """
     check_fields(
         published,
+        types=types_of(Gemma2Config, {name: name for name in _SAME_FIELDS} | _RENAMED),
         required=_REQUIRED,
         known=(*_SAME_FIELDS, *_READ_ELSEWHERE, *_UNUSED),
         fixed={
@@ -95,8 +96,6 @@ def config_from_published(published: Mapping[str, Any]) -> Gemma2Config:
     values = {name: published.get(name, default) for name, default in _SAME_FIELDS.items()}
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         values[name] = None if values[name] is None else float(values[name])
-    if isinstance(values["eos_token_id"], list):
-        values["eos_token_id"] = values["eos_token_id"][0]  # Generation defaults have them all.
     config = Gemma2Config(
         **values,
         **{ours: published[name] for name, ours in _RENAMED.items()},

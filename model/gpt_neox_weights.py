@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .exchange import Published, Rule, check_fields, compute_dtype, rope_theta
+from .exchange import (
+    Published,
+    Rule,
+    check_fields,
+    check_types,
+    compute_dtype,
+    object_of,
+    rope_theta,
+    types_of,
+)
 from .gpt_neox import GPTNeoXConfig
 
 
@@ -90,6 +99,8 @@ _POSITIONS = (
     "rotary_emb_base",
     "rotary_pct",
 )
+_ROTARY = {"partial_rotary_factor": "rotary_pct", "rotary_pct": "rotary_pct"}
+_NAMES = {name: name for name in _SAME_FIELDS} | {"num_hidden_layers": "num_layers"} | _ROTARY
 _UNUSED = ("attention_dropout", "classifier_dropout", "gradient_checkpointing", "hidden_dropout")
 # Published options that have one value here; another one is another computation.
 _FIXED: dict[str, Any] = {
@@ -107,14 +118,15 @@ def config_from_published(published: Mapping[str, Any]) -> GPTNeoXConfig:
     """
     check_fields(
         published,
+        types=types_of(GPTNeoXConfig, _NAMES),
         required=_REQUIRED,
         known=(*_SAME_FIELDS, *_POSITIONS, *_UNUSED),
         fixed={name: (value,) for name, value in _FIXED.items()},
     )
-    rope = published.get("rope_parameters") or {}
+    rope = object_of(published, "rope_parameters")
+    check_types(rope, types_of(GPTNeoXConfig, _ROTARY), "config.json: rope_parameters")
     places = (rope, published)
-    names = ("partial_rotary_factor", "rotary_pct")
-    told = [place[name] for place in places for name in names if name in place]
+    told = [place[name] for place in places for name in _ROTARY if name in place]
     return GPTNeoXConfig(
         **{name: published.get(name, default) for name, default in _SAME_FIELDS.items()},
         num_layers=published["num_hidden_layers"],

@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
-from .exchange import Published, Rule, check_fields, compute_dtype
+from .exchange import (
+    Published,
+    Rule,
+    check_fields,
+    check_types,
+    compute_dtype,
+    object_of,
+    types_of,
+)
 from .kimi_linear import KimiLinearConfig
 
 _LINEAR = "f d -> d f"
@@ -121,6 +129,15 @@ _SAME_FIELDS = (
     "eos_token_id",
     "pad_token_id",
 )
+_RENAMED = {"num_hidden_layers": "num_layers"}
+# Of its `linear_attn_config`.
+_LINEAR_ATTN = {
+    "kda_layers": "kda_layers",
+    "full_attn_layers": "full_attn_layers",
+    "num_heads": "kda_num_heads",
+    "head_dim": "kda_head_dim",
+    "short_conv_kernel_size": "short_conv_kernel_size",
+}
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -168,6 +185,7 @@ def config_from_published(published: Mapping[str, Any]) -> KimiLinearConfig:
     """
     check_fields(
         published,
+        types=types_of(KimiLinearConfig, {name: name for name in _SAME_FIELDS} | _RENAMED),
         required=_REQUIRED,
         known=(*_SAME_FIELDS, *_UNUSED),
         fixed={
@@ -176,7 +194,11 @@ def config_from_published(published: Mapping[str, Any]) -> KimiLinearConfig:
             "num_nextn_predict_layers": (0, None),
         },
     )
-    linear = published["linear_attn_config"]
+    linear = object_of(published, "linear_attn_config")
+    absent = [name for name in _LINEAR_ATTN if name not in linear]
+    if absent:
+        raise InputError(f"config.json: linear_attn_config has no {', '.join(absent)}")
+    check_types(linear, types_of(KimiLinearConfig, _LINEAR_ATTN), "config.json: linear_attn_config")
     return KimiLinearConfig(
         **{name: published[name] for name in _SAME_FIELDS if name in published},
         num_layers=published["num_hidden_layers"],

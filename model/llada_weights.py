@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
-from .exchange import Published, Rule, check_fields, compute_dtype, rope_theta
+from .exchange import Published, Rule, check_fields, compute_dtype, rope_theta, types_of
 from .llada import LLaDAConfig
 
 # name inside a block -> (path inside ours, layout)
@@ -116,8 +116,11 @@ def config_from_published(published: Mapping[str, Any]) -> LLaDAConfig:
             where the vocabulary is not LLaDA's; names it.
     """
     null = ("bias_for_layer_norm", "include_qkv_bias")  # Absent and null mean no biases.
+    own = {name: name for name in ("vocab_size", "block_size", "logit_shift")}
+    nullable = ("embedding_size", "mask_token_id", "mlp_hidden_size", "mlp_ratio", "n_kv_heads")
     check_fields(
         published,
+        types=types_of(LLaDAConfig, _RENAMED | own) | dict.fromkeys(nullable, int | None),
         required=_REQUIRED,
         known=(*_RENAMED, *_READ_ELSEWHERE, *_UNUSED),
         fixed={name: (v, *(None,) * (name in null)) for name, v in _FIXED.items()},

@@ -21,7 +21,7 @@ from safetensors.numpy import save as format_tensors
 
 from ..errors import InputError
 from ..sharding import abstract, path_name, split
-from .exchange import layout_of_model, read_header
+from .exchange import check_types, layout_of_model, read_header, read_object
 from .exchange.layouts import Layout
 from .handle import Model
 from .lora import LoRAConfig, adapted
@@ -57,6 +57,8 @@ _OFF = (
     "use_bdlora",
     "use_qalora",
 )
+# Numbers that say what the tensors are.
+_NUMBERS = {"r": int, "lora_alpha": float}
 # Draws of a fresh adapter that leave the base as it is. The others (pissa, olora, corda, loftq,
 # lora_ga) take from the base what they put into the adapter: it is of another base than is here.
 _DRAWS = (None, True, False, "gaussian", "eva", "mica", "orthogonal")
@@ -139,14 +141,18 @@ def load_lora(model: Model, path: epath.PathLike) -> Model:
     """``model`` with the adapters of a PEFT directory; its own arrays are shared.
 
     Raises:
-        InputError: a file is missing, an option changes the computation and is not here, or a
-            tensor has no place in this model.
+        InputError: a file is missing or damaged, an option changes the computation and is not here,
+            or a tensor has no place in this model.
     """
     directory = epath.Path(path).expanduser()
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).exists():
             raise InputError(f"adapter={str(path)!r}: there is no {name}")
-    contents = json.loads((directory / CONFIG).read_text())
+    contents = read_object(directory / CONFIG)
+    for name in _NUMBERS:
+        if name not in contents:
+            raise InputError(f"{directory / CONFIG} has no {name}; fetch it again")
+    check_types(contents, _NUMBERS, directory / CONFIG)
     _check_computation(directory / CONFIG, contents)
     tensors = {name: stored.read() for name, stored in read_header(directory / WEIGHTS).items()}
     places = {place.name: place for place in _places(model)}

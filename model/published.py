@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,11 +22,13 @@ from .exchange import (
     Origin,
     Published,
     Sources,
+    check_types,
     fill,
     layout_of_model,
     match,
     plan,
     read_directory,
+    read_object,
     write_weights,
 )
 from .exchange.write import json_text
@@ -148,9 +149,9 @@ def read_config(directory: epath.Path) -> tuple[Any, Any, dict[str, Any]]:
     """``(our configuration, the family's table, contents)`` of a ``config.json``.
 
     Raises:
-        InputError: it is no JSON, of no family that is here, or has an option that is not.
+        InputError: it is no JSON object, of no family that is here, or has an option that is not.
     """
-    contents = _read_json(directory / CONFIG)
+    contents = read_object(directory / CONFIG)
     published = _published(contents, directory / CONFIG)
 
     def shapes():
@@ -162,6 +163,7 @@ def read_config(directory: epath.Path) -> tuple[Any, Any, dict[str, Any]]:
 def _published(contents: Mapping[str, Any], path: epath.Path) -> Published:
     """The table of the family that a ``config.json`` is of."""
     model_type = contents.get("model_type")
+    check_types(contents, {"architectures": tuple[str, ...] | None}, path)
     architectures = contents.get("architectures") or ()
     tables = [family.published for family in FAMILIES.values() if family.published is not None]
     for published in tables:
@@ -188,7 +190,7 @@ def tokenizer_of(directory: epath.Path) -> epath.Path | None:
 def read_generation(directory: epath.Path) -> dict[str, Any]:
     """The contents of a published model's ``generation_config.json``; nothing if it has none."""
     path = directory / GENERATION
-    return _read_json(path) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def load_into(
@@ -326,10 +328,3 @@ def _abstract(shapes: Params, places: Params | None, param_dtype: str | None) ->
         return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=place)
 
     return jax.tree.map(one, shapes) if places is None else jax.tree.map(one, shapes, places)
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}); fetch it again") from error

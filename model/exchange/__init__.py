@@ -3,7 +3,15 @@
 Knows no family: each has its table in a file beside its model.
 """
 
-from .configs import check_fields, compute_dtype, rope_theta
+from .configs import (
+    check_fields,
+    check_types,
+    compute_dtype,
+    object_of,
+    read_object,
+    rope_theta,
+    types_of,
+)
 from .directory import read_directory
 from .files import Stored, read_header
 from .origin import Origin
@@ -22,13 +30,17 @@ __all__ = [
     "Sources",
     "Stored",
     "check_fields",
+    "check_types",
     "compute_dtype",
     "fill",
     "layout_of_model",
     "match",
+    "object_of",
     "plan",
     "read_directory",
     "read_header",
+    "read_object",
     "rope_theta",
+    "types_of",
     "write_weights",
 ]

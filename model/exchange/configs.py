@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from etils import epath
+
 from ...errors import InputError
+from ..fields import describe, field_types, from_json
 
 # Fields of any configuration that change no computation of a trained model.
 _HARMLESS = frozenset(
@@ -28,9 +32,74 @@ _HARMLESS = frozenset(
 )
 
 
+_IDS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+
+
+def read_object(path: epath.Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        InputError: it is no JSON, or another value; names the file.
+    """
+    try:
+        contents = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}); fetch it again") from error
+    if not isinstance(contents, dict):
+        raise InputError(f"{path} holds {contents!r:.40} and no JSON object; fetch it again")
+    return contents
+
+
+def types_of(config: type, names: Mapping[str, str]) -> dict[str, Any]:
+    """The types of published fields: those of the fields of ours that they become.
+
+    Args:
+        config: our dataclass.
+        names: of its fields, by the published ones.
+    """
+    ours = field_types(config)
+    return {theirs: ours[name] for theirs, name in names.items()}
+
+
+def with_single_ids(published: Mapping[str, Any]) -> dict[str, Any]:
+    """``published`` with the first of several ids; generation defaults have them all."""
+    return {
+        name: next(iter(value), None) if name in _IDS and isinstance(value, list) else value
+        for name, value in published.items()
+    }
+
+
+def check_types(
+    published: Mapping[str, Any], types: Mapping[str, Any], where: Any = "config.json"
+) -> None:
+    """Raise InputError for a field of ``published`` that is not of its type; names it."""
+    for name, wanted in types.items():
+        if name not in published:
+            continue
+        try:
+            from_json(published[name], wanted, name)
+        except InputError:
+            raise InputError(
+                f"{where}: {name}={published[name]!r} must be {describe(wanted)}"
+            ) from None
+
+
+def object_of(published: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A field that is an object; an empty one where it is absent or null.
+
+    Raises:
+        InputError: it is none.
+    """
+    value = published.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"config.json: {name}={value!r} must be an object")
+    return value
+
+
 def check_fields(
     published: Mapping[str, Any],
     *,
+    types: Mapping[str, Any],
     required: Collection[str],
     known: Collection[str],
     fixed: Mapping[str, Collection[Any]],
@@ -39,19 +108,22 @@ def check_fields(
 
     Args:
         published: its contents.
+        types: of the fields that are read; see :func:`types_of`.
         required: fields without which there is no model.
         known: fields that the family reads, the required ones or not.
         fixed: the values of fields that are implemented for these alone; a field that is absent is
             one of them.
 
     Raises:
-        InputError: a required field is absent, or one has a value that means another computation.
+        InputError: a required field is absent, or one has a value of another type or one that means
+            another computation.
     """
     absent = [name for name in required if name not in published]
     if absent:
         raise InputError(
             f"config.json has no {', '.join(absent)}; it is incomplete, or of another family"
         )
+    check_types(published, types)
     for name, values in fixed.items():
         if name in published and published[name] not in values:
             only = " or ".join(map(repr, values))
@@ -72,14 +144,21 @@ def rope_theta(published: Mapping[str, Any], default: float) -> float:
     """The base of rotary positions, wherever this version of the format keeps it.
 
     Raises:
-        InputError: positions are scaled, which is not implemented.
+        InputError: positions are scaled, which is not implemented, or the base is no number.
     """
-    rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
+    rope = object_of(published, "rope_parameters") or object_of(published, "rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise InputError(f"config.json: rope_type={kind!r} is not implemented; only 'default' is")
-    flat = published.get("rope_theta", published.get("rotary_emb_base", default))
-    return float(rope.get("rope_theta", flat))
+    for place, name in (
+        (rope, "rope_theta"),
+        (published, "rope_theta"),
+        (published, "rotary_emb_base"),
+    ):
+        if name in place:
+            check_types(place, {name: float})
+            return float(place[name])
+    return default
 
 
 def compute_dtype(published: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from ...errors import InputError
+from .configs import with_single_ids
 from .files import Stored
 from .layouts import Layout
 
@@ -88,7 +89,7 @@ class Published:
         """
         if self.completed is not None:
             contents = self.completed(contents, shapes())
-        return self.config_from(contents)
+        return self.config_from(with_single_ids(contents))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,7 +134,7 @@ class TestPublished:
                 config_from_published(PUBLISHED_27B | changes)
         capless = config_from_published(PUBLISHED_27B | {"attn_logit_softcapping": None})
         assert capless.attn_logit_softcapping is None
-        several = config_from_published(PUBLISHED_27B | {"eos_token_id": [1, 107]})
+        several = PUBLISHED.config(PUBLISHED_27B | {"eos_token_id": [1, 107]}, dict)
         assert several.eos_token_id == 1
 
     def test_a_directory_goes_out_and_comes_back(self, tiny, tmp_path):

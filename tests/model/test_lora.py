@@ -321,6 +321,12 @@ def test_a_part_of_a_published_map_is_no_peft_adapter(models, tmp_path):
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' is another"),
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda' is another"),
         ({"r": 4}, "lora_A of .* has shape .* does not fit rank 4"),
+        ({"r": None}, "adapter_config.json: r=None must be int"),
+        ({"r": 2.0}, "adapter_config.json: r=2.0 must be int"),
+        ({"lora_alpha": "16"}, "adapter_config.json: lora_alpha='16' must be float"),
+        ("{", "adapter_config.json is no JSON"),
+        ("[]", r"adapter_config.json holds \[\] and no JSON object"),
+        ("{}", "adapter_config.json has no r"),
         ("rename", "mlp.other.* has no place in this model"),
         ("remove", "there is no adapter_model.safetensors"),
     ],
@@ -333,6 +339,8 @@ def test_peft_files_that_do_not_fit_are_refused(change, message, models, tmp_pat
         if contents["peft_type"] is None:
             del contents["peft_type"]  # A field that is absent is told as None.
         config.write_text(json.dumps(contents))
+    elif change[0] in "{[":
+        config.write_text(change)
     elif change == "rename":
         tensors = load_file(weights)
         save_file({n.replace("dense_h_to_4h", "other"): x for n, x in tensors.items()}, weights)
