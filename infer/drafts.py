@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from ..errors import InputError
 from ..model.handle import Model
+from ..model.registry import decoding_of
 from ..sharding import Params, kernel_map
 from .cache import CacheLayout
 from .loop import DecodeState
@@ -104,7 +105,7 @@ class DraftModel:
     """Draws drafts from a smaller model with the same vocabulary.
 
     Attributes:
-        model: any of the zoo; recurrent or not.
+        model: any of the zoo that predicts next tokens; recurrent or not.
         policy: that it draws by; the target's if None.
         num_tokens: drafts of a step.
     """
@@ -117,7 +118,15 @@ class DraftModel:
         _check_count("num_tokens", self.num_tokens)
 
     def start(self, model: Model) -> ModelDrafter:
-        """The drafter; an InputError where vocabularies or meshes differ."""
+        """The drafter; an InputError where it draws no next tokens, or for another vocabulary or
+        on another mesh."""
+        kind = decoding_of(self.model.config)
+        if kind != "next_token":
+            raise InputError(
+                f"draft: its model={type(self.model.config).__name__} decodes by {kind!r}, and "
+                "drafts are drawn token by token; draft with a model that predicts next tokens, or "
+                "with PromptLookup()"
+            )
         mine, theirs = self.model.config.vocab_size, model.config.vocab_size
         if mine != theirs:
             raise InputError(

@@ -15,6 +15,7 @@ from jaxalope import (
     DraftModel,
     Greedy,
     InputError,
+    Model,
     PresenceFrequencyPenalty,
     PromptLookup,
     RepetitionPenalty,
@@ -28,8 +29,8 @@ from jaxalope.infer.programs import program_of
 from jaxalope.infer.records import LogProb
 from jaxalope.infer.request import make_batch
 from jaxalope.infer.speculative import Accepted, Drafted, judge
-from jaxalope.model import KimiLinearConfig
-from jaxalope.sharding import MeshConfig, make_mesh
+from jaxalope.model import CALMConfig, KimiLinearConfig, LLaDAConfig, build_model
+from jaxalope.sharding import MeshConfig, abstract, make_mesh
 
 pytestmark = pytest.mark.long
 
@@ -369,10 +370,19 @@ def test_prompt_lookup():
                 np.testing.assert_array_equal(found, expected)
 
 
+def of_another_kind(family):
+    """A model that decodes otherwise; it has no weights, as none are looked at."""
+    config = family.tiny()
+    graphdef, shapes, _ = abstract(lambda key: build_model(config, key))
+    return Model(config, graphdef, shapes)
+
+
 @pytest.mark.parametrize(
     ("draft", "words"),
     [
         (lambda: DraftModel(toy(1, size=5)), "vocabulary of 5 and the target one of 4"),
+        (lambda: DraftModel(of_another_kind(CALMConfig)), "CALMConfig decodes by 'next_vector'"),
+        (lambda: DraftModel(of_another_kind(LLaDAConfig)), "decodes by 'masked_diffusion'"),
         (lambda: DraftModel(toy(1), num_tokens=0), "num_tokens=0 must be at least 1"),
         (lambda: PromptLookup(ngram=0), "ngram=0 must be at least 1"),
         (lambda: PromptLookup(2.0), "draft: num_tokens=2.0 must be a whole number"),
@@ -382,7 +392,7 @@ def test_prompt_lookup():
             "load both on one",
         ),
     ],
-    ids=["vocabulary", "num_tokens", "ngram", "float", "no draft", "mesh"],
+    ids=["vocabulary", "vectors", "masks", "num_tokens", "ngram", "float", "no draft", "mesh"],
 )
 def test_bad_input_is_named(draft, words):
     with pytest.raises(InputError, match=words):
