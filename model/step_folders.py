@@ -17,6 +17,7 @@ import warnings
 
 from etils import epath
 
+from ..errors import ReadError
 from .storage import is_remote
 
 MARKER = "_CHECKPOINT_METADATA"
@@ -28,15 +29,23 @@ _COMMITTED = "commit_success.txt"
 
 
 def list_steps(directory: epath.Path, complete: bool = True) -> list[int]:
-    """The steps there, ascending; unless ``complete``, damaged ones too, but no unfinished one."""
-    if not exists(directory):
-        return []
-    names = {path.name for path in directory.iterdir()}
-    steps = []
-    for name in filter(str.isdigit, names):
-        saving = f"{name}{_SAVING}" in names
-        if _is_whole(directory, int(name), saving=saving) or not (complete or saving):
-            steps.append(int(name))
+    """The steps there, ascending; unless ``complete``, damaged ones too, but no unfinished one.
+
+    Raises:
+        ReadError: this user may not look into one of the folders.
+    """
+    try:
+        names = {path.name for path in directory.iterdir()} if exists(directory) else set()
+        steps = []
+        for name in filter(str.isdigit, names):
+            saving = f"{name}{_SAVING}" in names
+            if _is_whole(directory, int(name), saving=saving) or not (complete or saving):
+                steps.append(int(name))
+    except PermissionError as error:
+        raise ReadError(
+            f"the checkpoints in {directory} could not be listed: {first_line(error)}. Let this "
+            "user read them, and try again"
+        ) from error
     return sorted(steps)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxalope.errors import InputError, ReadError
-from jaxalope.model import checkpoint
+from jaxalope.model import checkpoint, step_folders
 from jaxalope.model.checkpoint import CheckpointStore
 
 ABSTRACT = {"params": {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}}
@@ -101,6 +101,23 @@ def test_a_folder_that_may_not_be_looked_into_is_not_an_empty_one(tmp_path, monk
     monkeypatch.setattr(os, "listdir", listdir)
     with pytest.raises(ReadError, match=r"step 2 .*Permission denied.*Let this user read"):
         checkpoint.restore_params(tmp_path, ABSTRACT["params"])
+
+
+def test_a_step_that_may_not_be_looked_into_is_named(tmp_path, monkeypatch):
+    with CheckpointStore(tmp_path) as store:
+        save(store)
+    real = step_folders.exists
+
+    def closed(path):
+        if path.parent.name == "2":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(step_folders, "exists", closed)
+    with pytest.raises(ReadError, match=r"could not be listed: .*Permission denied.*Let this user"):
+        checkpoint.restore_params(tmp_path, ABSTRACT["params"])
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
 def test_damage_is_told_by_what_was_found_and_not_by_orbax_words_for_it(tmp_path):
