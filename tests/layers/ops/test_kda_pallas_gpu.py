@@ -1,6 +1,8 @@
 """The GPU kernels of KDA: what is lowered for CUDA, where not, and the kernel for one token."""
 
 import functools
+import json
+import pathlib
 import subprocess
 import sys
 
@@ -133,3 +135,16 @@ for run in (
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.count("needs the Triton lowering of Pallas") == 2, found.stderr
+
+
+@pytest.mark.long
+def test_the_benchmark_compares_before_it_times(tmp_path):
+    """All of it but the chip: both passes, fixed and packed rows, one token."""
+    script = pathlib.Path(__file__).parents[3] / "bench" / "kda_gpu.py"
+    sizes = ["--heads=2", "--lengths=80", "--width=16", "--segments=3", "--turns=1", "--calls=1"]
+    command = [sys.executable, script, "--interpret", *sizes, f"--output={tmp_path / 'rows.jsonl'}"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["form"] for row in rows] == ["pallas_gpu", "xla"] * 5
+    assert all(row["error"] < 1e-2 and len(row["wall_s"]) == 1 for row in rows)
