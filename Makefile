@@ -72,6 +72,7 @@ BENCH_GPU = kda train hybrid latents experts policies denoise vectors tune
 bench-gpu: $(VENV)/.cuda
 	$(MAKE) --keep-going $(BENCH_GPU:%=bench-gpu-%)
 
+.PHONY: $(BENCH_GPU:%=bench-gpu-%)
 $(BENCH_GPU:%=bench-gpu-%): $(VENV)/.cuda
 bench-gpu-kda:
 	$(BIN)/python bench/kda_gpu.py $(if $(SHORT),--heads=32 --lengths=8192$(COMMA)65536) --output=$(ROWS)/kda_gpu.jsonl

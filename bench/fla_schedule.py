@@ -14,7 +14,6 @@ triton is not XLA's compiler: small differences from our kernels mean nothing. T
 final state are there, gates are given, chunks are fla's, of 64.
 """
 
-import importlib.metadata
 import math
 import tempfile
 import types
@@ -198,7 +197,7 @@ def main(argv):
     if (shape.key_dim, shape.value_dim) != (128, 128):
         raise app.UsageError("the loops are known for heads of 128")
     tool = gpu_schedule.nvdisasm()
-    versions = {x: importlib.metadata.version(x) for x in ("fla-core", "triton", "torch")}
+    versions = report.versions("fla-core", "triton", "torch")
     facts = report.facts(
         target="NVIDIA H200",
         **versions,

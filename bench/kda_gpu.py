@@ -16,7 +16,6 @@ the time taken. `--interpret` with tiny lengths runs the same on a CPU.
 """
 
 import functools
-import importlib.metadata
 import os
 
 import jax
@@ -131,17 +130,6 @@ def fla_sides(arrays, segment_ids) -> dict[str, dict]:
     kept = functools.partial(both, disable_recompute=True)
     return {"fla": {"forward": forward, "forward+backward": both},
             "fla, kept": {"forward+backward": kept}}  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Of the other side, as far as it is installed."""
-    found = {}
-    for name in ("fla-core", "torch", "triton"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 # Errors ----------------------------------------------------------------------------------------
@@ -259,7 +247,7 @@ def main(argv):
         key_dim=_WIDTH.value,
         value_dim=_WIDTH.value,
         interpret=_INTERPRET.value,
-        **versions(),
+        **report.versions("fla-core", "torch", "triton"),
     )
     print(" ".join(f"{key}={value}" for key, value in facts.items()), flush=True)
     lines = []

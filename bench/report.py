@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -49,6 +50,15 @@ def facts(**more) -> dict:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **more,
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed, for the facts of a row."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def alternate(

@@ -53,7 +53,6 @@ tokamax needs Python 3.12, and of KDA the bounded gate. `mosaic_tpu` and `mosaic
 grouped products by name; `ragged_dot` is XLA's, with results in the dtype of the operands.
 """
 
-import importlib.metadata
 import itertools
 import os
 import pathlib
@@ -307,7 +306,7 @@ def main(argv):
         os.environ["LIBTPU_INIT_ARGS"] = f"{given} {schedule.arguments(folder)}".strip()
         device = absent_devices(_TOPOLOGY.value)[0]
         facts = report.facts(
-            **{name: importlib.metadata.version(name) for name in packages()},
+            **report.versions(*packages()),
             op=_OP.value,
             target=device.device_kind,
             shape=_SHAPE.value,

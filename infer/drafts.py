@@ -23,7 +23,7 @@ from .cache import CacheLayout
 from .loop import DecodeState
 from .next_token import commit, context_of, draw, forward
 from .policy import Policy, stack_rows
-from .request import check_policy, whole
+from .request import check_policy, integer
 
 # What a row's key is folded with beside positions, which count up from 0.
 DRAFT, ACCEPT = 2**32 - 1, 2**32 - 2
@@ -277,4 +277,4 @@ class PromptLookup:
 
 
 def _check_count(name: str, value: int) -> None:
-    whole(f"draft: {name}", value, 1)
+    integer(f"draft: {name}", value, 1)

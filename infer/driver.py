@@ -16,7 +16,7 @@ from .loop import FINISH_REASONS, STOPPED, DecodeState
 from .next_token import NextToken
 from .programs import program_of, read_prompts
 from .records import LogProb, ProposalLogProb, Record, Top
-from .request import Batch, whole
+from .request import Batch, integer
 from .text import TextStream
 
 _MOST_TOP_LOGPROBS = 20
@@ -201,7 +201,7 @@ def records_for(model: Model, logprobs: str, top_logprobs: int) -> tuple[Record,
     if logprobs not in ("raw", "processed"):
         raise InputError(f"logprobs={logprobs!r} is not 'raw' or 'processed'")
     most = min(_MOST_TOP_LOGPROBS, model.config.vocab_size)
-    if not 0 <= whole("top_logprobs", top_logprobs) <= most:
+    if not 0 <= integer("top_logprobs", top_logprobs) <= most:
         raise InputError(f"top_logprobs={top_logprobs} must lie in 0..{most}")
     processed = logprobs == "processed"
     records: tuple[Record, ...] = (ProposalLogProb() if processed else LogProb(),)

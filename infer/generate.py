@@ -13,7 +13,7 @@ from .drafts import Draft
 from .driver import Generation, Run, decoder_of, records_for
 from .policy import Policy
 from .programs import program_of
-from .request import Prompts, make_batch, whole
+from .request import Prompts, integer, make_batch
 from .speculative import Accepted, Drafted, Speculative
 from .structured import Grammars, Guided, GuidedRun, compiled_grammars
 from .vectors.api import start as start_vectors
@@ -134,7 +134,7 @@ def stream(
     Closing the iterator cancels what is left. ``stride`` is the number of steps between two looks
     at the device. Joined, a row's pieces are the text that ``generate`` returns.
     """
-    whole("stride", stride, 1)
+    integer("stride", stride, 1)
     run = _start(
         model,
         prompts,
@@ -183,7 +183,7 @@ def _start(
     draft=None,
     remainder=None,
 ) -> Run:
-    whole("n", n, 1)
+    integer("n", n, 1)
     own = settle(model, policy, max_new_tokens, max_length, stop_tokens, stop)
     if decoding_of(model.config) == "next_vector":
         return start_vectors(

@@ -21,7 +21,7 @@ from .lookahead import sample_lookahead
 from .metropolis import CUTS, REUSE, Metropolis
 from .policy import COLDEST
 from .programs import program_of
-from .request import Batch, Prompts, is_finite, make_batch, whole
+from .request import Batch, Prompts, integer, is_finite, make_batch
 from .samples import PowerSamples, collect
 from .smc import sample_smc
 
@@ -215,4 +215,4 @@ def _check(*, alpha, block, n_mcmc, t_max, tau, n, stride) -> None:
         ("n", n, 1),
         ("stride", 1 if stride is None else stride, 1),
     ):
-        whole(name, value, least)
+        integer(name, value, least)

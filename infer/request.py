@@ -123,7 +123,7 @@ def make_batch(
         if value < 1:
             raise InputError(f"max_new_tokens={value} must be at least 1")
     if max_length is not None:
-        max_length = whole("max_length", max_length)
+        max_length = integer("max_length", max_length)
         for i, row in enumerate(rows):
             if len(row) >= max_length:
                 raise InputError(
@@ -181,7 +181,7 @@ def take_rows_of(policy: Policy, rows: np.ndarray) -> Policy:
     return jax.tree.map(lambda x: x[rows], policy)
 
 
-def whole(name: str, value: Any, least: int | None = None) -> int:
+def integer(name: str, value: Any, least: int | None = None) -> int:
     """``value`` as an int.
 
     Raises:
@@ -272,10 +272,10 @@ def check_policy(model: Model, policy: Policy) -> None:
 
 def _each(name: str, value: int | Sequence[int], count: int) -> list[int]:
     if is_single(value):
-        return [whole(name, value)] * count
+        return [integer(name, value)] * count
     if len(value) != count:
         raise InputError(f"{name} has {len(value)} entries for {count} prompts; give one each")
-    return [whole(f"{name}[{i}]", v) for i, v in enumerate(value)]
+    return [integer(f"{name}[{i}]", v) for i, v in enumerate(value)]
 
 
 def _stops(model: Model, stop_tokens, count: int) -> np.ndarray:

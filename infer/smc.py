@@ -34,7 +34,7 @@ from .next_token import commit, context_of, draw, forward, row_keys
 from .policy import COLDEST, Temperature
 from .programs import program_of, read_prompts
 from .records import log_prob_of
-from .request import Batch, is_finite, whole
+from .request import Batch, integer, is_finite
 from .rows import is_single
 from .samples import PowerSamples, collect
 
@@ -273,7 +273,7 @@ def exponents_of(alpha: float, ladder: int | Sequence[float] | None) -> np.ndarr
     if ladder is None:
         steps = ()
     elif is_single(ladder):
-        if whole("ladder", ladder) < 1:
+        if integer("ladder", ladder) < 1:
             raise InputError(f"ladder={ladder} must be at least 1 token, or a list of exponents")
         steps = 1 + (alpha - 1) * np.arange(ladder) / ladder
     exponents = np.array([*steps, alpha], np.float32)
@@ -327,7 +327,7 @@ def sample_smc(
         ("t_max", t_max),
         ("n", n),
     ):
-        whole(name, value, 1)
+        integer(name, value, 1)
     if not resample_threshold >= 0:
         raise InputError(f"resample_threshold={resample_threshold} must be 0 (never) or a share")
     exponents = exponents_of(alpha, ladder)

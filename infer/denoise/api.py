@@ -13,7 +13,7 @@ from ...model.handle import Model
 from ..loop import FINISH_REASONS
 from ..policy import Greedy, Policy
 from ..programs import program_of
-from ..request import Batch, Prompts, bucket, make_batch, whole
+from ..request import Batch, Prompts, bucket, integer, make_batch
 from ..rows import power_of_two
 from .caches import NoCache
 from .canvas import Canvas
@@ -131,7 +131,7 @@ def denoise(
             that has no meaning here, guidance without a prompt; names the field.
     """
     mask = mask_of(model)
-    whole("n", n, 1)
+    integer("n", n, 1)
     config = model.config
     block_size = getattr(config, "block_size", None)
     shift = getattr(config, "logit_shift", False)

@@ -24,7 +24,7 @@ from ...errors import InputError
 from ...sharding import constrain
 from ..loop import LENGTH, RUNNING, STOPPED
 from ..policy import check
-from ..request import whole
+from ..request import integer
 from .caches import NoCache
 from .canvas import Canvas, asked_before, places_of, put
 from .draw import Numbers, decide
@@ -67,7 +67,7 @@ class ElasticCache(NoCache):
         if self.gamma is not None:  # As where it is traced.
             check(lambda x: np.isfinite(x) & (np.asarray(x) >= 0), "gamma", self.gamma, remedy)
         for name in ("window", "track_num"):
-            whole(name, getattr(self, name), 1)
+            integer(name, getattr(self, name), 1)
         if self.drift not in DRIFTS:
             raise InputError(f"drift={self.drift!r} is not one of {', '.join(DRIFTS)}")
 

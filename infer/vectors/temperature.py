@@ -17,7 +17,7 @@ import numpy as np
 
 from ...errors import InputError
 from ..policy import COLDEST, Policy, Temperature, stages
-from ..request import whole
+from ..request import integer
 from .draws import BatchRows, ChunkPolicy, ExactRows
 
 # Draws of a chunk after which a row takes what it has.
@@ -53,8 +53,8 @@ class ExactTemperature(ChunkPolicy):
     draws_per_call: int = 16
 
     def __post_init__(self):
-        equal, part = exponent(self.value)
-        _check_counts(self, equal + (part > 0))
+        whole, part = exponent(self.value)
+        _check_counts(self, whole + (part > 0))
 
     @classmethod
     def stack(cls, stages: Sequence[ExactTemperature]) -> ExactRows:
@@ -93,15 +93,15 @@ class BatchTemperature(ChunkPolicy):
     draws_per_call: int = 64
 
     def __post_init__(self):
-        equal, part = exponent(self.value)
+        whole, part = exponent(self.value)
         if part:
             raise InputError(
                 f"temperature={self.value} has 1 / {self.value} = {1 / self.value:.6g}, "
-                f"which is no whole number; give 1/{equal} or 1/{equal + 1}, or "
+                f"which is no whole number; give 1/{whole} or 1/{whole + 1}, or "
                 f"ExactTemperature({self.value})"
             )
-        whole("num_draws", self.num_draws, 1)
-        _check_counts(self, 1 if equal == 1 else self.num_draws)
+        integer("num_draws", self.num_draws, 1)
+        _check_counts(self, 1 if whole == 1 else self.num_draws)
 
     @classmethod
     def stack(cls, stages: Sequence[BatchTemperature]) -> BatchRows:
@@ -188,12 +188,12 @@ def _at_one(kind: type[ChunkPolicy], max_draws: int) -> ChunkPolicy:
 
 
 def _check_counts(policy: Any, least: int) -> None:
-    if whole("max_draws", policy.max_draws) < least:
+    if integer("max_draws", policy.max_draws) < least:
         raise InputError(
             f"max_draws={policy.max_draws} must be at least {least}, which "
             f"{type(policy).__name__}({policy.value}) always draws"
         )
-    whole("draws_per_call", policy.draws_per_call, 1)
+    integer("draws_per_call", policy.draws_per_call, 1)
 
 
 def _common(stages: Sequence[Any], name: str) -> Any:

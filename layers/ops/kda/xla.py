@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ...segments import segment_index
+from ..precision import full
 
 # Rows whose pairwise decays are multiplied out elementwise; larger blocks are matrix products.
 _BASE = 4
@@ -268,13 +269,9 @@ def _prepare(q, k, v, g, beta, numbers, scale, chunk) -> _Chunks:
     )
 
 
-def _precision(q: Array):
-    """Big products: exact for float32 inputs, the hardware's fast path for 16-bit ones."""
-    return jax.lax.Precision.DEFAULT if q.dtype.itemsize < 4 else _EXACT
-
-
 def _forward(q, k, v, g, beta, initial_state, numbers, scale, chunk):
-    precision = _precision(q)
+    # Of float32 factors: what 16-bit inputs are made of, the hardware's fast path carries.
+    precision = full(q.dtype)
     dot = functools.partial(_dot, precision=precision)
     x = _prepare(q, k, v, g, beta, numbers, scale, chunk)
     scores, inverse = _scores(x.q, x.b, x.k, x.alpha, x.index, x.levels, precision)
@@ -308,7 +305,7 @@ def _kda_forward(q, k, v, g, beta, initial_state, numbers, scale, chunk):
 def _kda_backward(scale, chunk, residuals, cotangents):
     q_in, k_in, v_in, g_in, beta_in, numbers, (scores, inverse, states, delta) = residuals
     do, dstate = cotangents
-    dot = functools.partial(_dot, precision=_precision(q_in))
+    dot = functools.partial(_dot, precision=full(q_in.dtype))
     x = _prepare(q_in, k_in, v_in, g_in, beta_in, numbers, scale, chunk)
     do = _to_chunks(do, chunk, x.alpha.dtype)
     k_end = x.k * x.leaving

@@ -21,7 +21,7 @@ def interpreted(implementation: str) -> bool:
     return jax.default_backend() == "cpu"
 
 
-def lowered(function, *args, platform: str) -> str:
+def lowered(function, *args, platform: str = "cpu") -> str:
     """StableHLO for a platform that this host need not have."""
     which = contextlib.nullcontext()
     if platform == "cuda":  # Newer versions of jax ask which GPU.

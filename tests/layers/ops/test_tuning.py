@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chips import lowered
 
 from jaxalope import InputError
 from jaxalope.layers.ops import kda as kda_module
@@ -26,11 +27,6 @@ def kda_inputs(length=64, dtype=jnp.float32, width=16):
     g = -jax.random.uniform(keys[3], (1, length, 2, width))
     beta = jax.random.uniform(keys[4], (1, length, 2))
     return l2norm(q).astype(dtype), l2norm(k).astype(dtype), v.astype(dtype), g, beta
-
-
-def text(fn, *args, platform="cpu"):
-    """Lowered anew: what is tried is not part of JAX's trace cache."""
-    return jax.jit(lambda *a: fn(*a)).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.fixture
@@ -91,10 +87,10 @@ def test_sizes_change_the_program_and_not_its_results(table):
         "grouped_matmul": {"e2 8": {"block": 16}},
     }
     table({})
-    before = {name: (text(fn, *args), fn(*args)) for name, (fn, args) in calls.items()}
+    before = {name: (lowered(fn, *args), fn(*args)) for name, (fn, args) in calls.items()}
     table({name: {"cpu": classes} for name, classes in entries.items()})
     for name, (fn, args) in calls.items():
-        assert text(fn, *args) != before[name][0], name
+        assert lowered(fn, *args) != before[name][0], name
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
             fn(*args),
@@ -143,11 +139,11 @@ def test_an_implementation_is_of_its_own_platform_alone(table):
     x, w = jnp.ones((40, 4)), jnp.ones((2, 4, 8))
     args = (x, w, w, jnp.ones((2, 8, 4)), jnp.array([20, 20], jnp.int32))
     table({"grouped_matmul": {"cpu": {"e2 8": {"implementation": "xla"}}}})
-    assert "while" not in text(grouped_swiglu, *args)
-    assert "ragged_dot" in text(grouped_swiglu, *args, platform="tpu")
+    assert "while" not in lowered(grouped_swiglu, *args)
+    assert "ragged_dot" in lowered(grouped_swiglu, *args, platform="tpu")
     table({"grouped_matmul": {"cpu": {"e2 8": {"implementation": "blocked"}}}})
-    assert "while" in text(grouped_swiglu, *args)
-    assert "ragged_dot" in text(grouped_swiglu, *args, platform="tpu")
+    assert "while" in lowered(grouped_swiglu, *args)
+    assert "ragged_dot" in lowered(grouped_swiglu, *args, platform="tpu")
 
 
 def test_a_gpu_has_the_name_that_code_is_lowered_for(table):
@@ -163,7 +159,7 @@ def test_a_gpu_has_the_name_that_code_is_lowered_for(table):
         mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
         with jax.sharding.use_abstract_mesh(mesh):
             assert tuning.device() == (name, kind)
-            found = text(lambda *a: grouped_swiglu(*a), *args, platform=name)
+            found = lowered(lambda *a: grouped_swiglu(*a), *args, platform=name)
         assert ("while" in found) == loops
 
 
@@ -175,7 +171,7 @@ def test_operators_run_what_the_table_names(table):
         }
     )
     tokens = kda_inputs()
-    assert text(kda, *tokens) != text(lambda *a: kda(*a, implementation="xla"), *tokens)
+    assert lowered(kda, *tokens) != lowered(lambda *a: kda(*a, implementation="xla"), *tokens)
     np.testing.assert_allclose(kda(*tokens)[0], kda(*tokens, implementation="xla")[0], atol=1e-5)
 
     def decode(implementation=None):
@@ -215,9 +211,9 @@ def test_a_chunk_size_is_of_the_implementation_that_it_was_chosen_for(table):
     assert sizes(both) == [16, 16, 64, 32, 32]
     table({"kda": {"cpu": {"k16 v16": by_schedule}}})
     tokens = kda_inputs()
-    with_it = text(kda, *tokens)
+    with_it = lowered(kda, *tokens)
     table({})
-    assert with_it == text(kda, *tokens)
+    assert with_it == lowered(kda, *tokens)
 
 
 def test_trying_is_over_when_it_ends():
